@@ -1,0 +1,26 @@
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, the shared vectors."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # before triton is imported: later has no effect
+    os.environ["TRITON_INTERPRET"] = "1"
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_path(name: str) -> Path:
+    """A file of the shared folder beside the checkout; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
