@@ -1,0 +1,321 @@
+"""Image sources: the built-in shapes10, arrays, image folders, Parquet files, and their splits.
+
+A source is any object that keeps the contract of ImageSource; a class of your own needs no base
+class and no registration. `open_source` finds the right one for a path, `split_source` cuts a test
+split off a source that has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from simclr_kernels.decode import DecodeError, decode_image
+from simclr_kernels.image_folder import ImageFolder, class_folders
+from simclr_kernels.parquet_images import ParquetImages
+from simclr_kernels.shapes10 import CLASSES, SPLITS, render
+
+__all__ = [
+    "ArrayImages",
+    "DecodeError",
+    "ImageFolder",
+    "ImageSource",
+    "ParquetImages",
+    "Subset",
+    "MissingSplit",
+    "decode_image",
+    "open_source",
+    "open_splits",
+    "shapes10",
+    "split_source",
+]
+
+FINGERPRINTED_IMAGES = 4096
+SPLIT_STREAM = 2**32  # second word of the Philox key; shapes10 uses 0 and 1
+SPLIT_NAMES = {  # what a split's folder or Parquet files may be called, the first found wins
+    "train": ("train", "training"),
+    "test": ("test", "val", "valid", "validation"),
+    "val": ("val", "valid", "validation"),
+}
+
+
+class ImageSource(Protocol):
+    """What a pipeline asks of a data set. Items are numbered 0 .. len(source) - 1.
+
+    `decode` is called from several threads at once. A source that has all its pixels in memory may
+    also offer `images`, an (n, H, W, 3) uint8 numpy array or None; one that holds encoded files
+    `encoded(i) -> bytes`.
+    """
+
+    labels: np.ndarray | None  # (n,) int64; -1 where unknown
+    classes: tuple[str, ...] | None  # names, indexed by label
+
+    def __len__(self) -> int: ...
+
+    def decode(self, i: int) -> np.ndarray:
+        """(H, W, 3) uint8 pixels of item i; raises DecodeError naming it if it is unreadable."""
+
+    def name(self, i: int) -> str:
+        """Where item i comes from, for messages: a path, or "file.parquet[row]"."""
+
+    def fingerprint(self) -> str:
+        """Short string that changes with the content, so that a resumed run can compare."""
+
+
+class ArrayImages:
+    """Images of one size that are already in memory (or memory-mapped).
+
+    Args:
+        images: (n, H, W, 3) uint8, numpy or torch (CPU).
+        labels: (n,) or (n, 1) integers, or None.
+        classes: names of the labels, or None.
+        origin: what `name` calls the array.
+
+    Raises:
+        TypeError: images are not uint8, or labels not integers.
+        ValueError: images are not (n, H, W, 3), or there is not one label per image.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray | torch.Tensor,
+        labels: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        classes: Sequence[str] | None = None,
+        origin: str = "array",
+    ):
+        self.images = images.numpy() if isinstance(images, torch.Tensor) else images
+        if self.images.dtype != np.uint8:
+            raise TypeError(f"images must be uint8, got {self.images.dtype}")
+        if self.images.ndim != 4 or self.images.shape[3] != 3 or 0 in self.images.shape:
+            raise ValueError(f"images must be (n, height, width, 3), got {self.images.shape}")
+        self.labels = None if labels is None else _checked_labels(labels, len(self.images))
+        self.classes = None if classes is None else tuple(classes)
+        self.origin = origin
+
+    @classmethod
+    def load(cls, path: str | Path) -> ArrayImages:
+        """Read a .npy file (images only, memory-mapped), or a .npz file with images and labels.
+
+        The arrays of the .npz file are called `images` or `x`, and `labels` or `y` (optional).
+        """
+        path = Path(path)
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return cls(content, origin=path.name)
+        with content:
+            images, labels = (
+                next((content[key] for key in keys if key in content), None)
+                for keys in (("images", "x"), ("labels", "y"))
+            )
+        if images is None:
+            raise ValueError(f"{path} must hold an array 'images' or 'x', got {content.files}")
+        return cls(images, labels, origin=path.name)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def decode(self, i: int) -> np.ndarray:
+        return self.images[i]
+
+    def name(self, i: int) -> str:
+        return f"{self.origin}[{i}]"
+
+    def fingerprint(self) -> str:
+        """Of the shape, the labels and at most 4096 images evenly spread over the array."""
+        step = -(-len(self) // FINGERPRINTED_IMAGES)
+        parts = [str(self.images.shape).encode(), np.ascontiguousarray(self.images[::step])]
+        return _digest("array", len(self), parts + ([] if self.labels is None else [self.labels]))
+
+
+def shapes10(split: str = "train", size: int = 24, seed: int = 0) -> ArrayImages:
+    """The built-in data set: ten procedural shape classes of random colour and pose.
+
+    Args:
+        split: "train" (4096 images) or "test" (1000).
+        size: height and width in pixels, at least 8.
+        seed: 0 is the data set of the published numbers; the same seed gives the same bits.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if size < 8:
+        raise ValueError(f"size must be at least 8 pixels, got {size}")
+    images, labels = render(split, size, seed)
+    return ArrayImages(images, labels, CLASSES, origin=f"shapes10/{split}")
+
+
+class Subset:
+    """Some items of a source, in the order of indices; what else the source offers is kept."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray):
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.classes = source.classes
+        if hasattr(source, "encoded"):
+            self.encoded = lambda i: source.encoded(int(self.indices[i]))
+
+    @cached_property
+    def images(self) -> np.ndarray | None:
+        images = getattr(self.source, "images", None)
+        return None if images is None else images[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def decode(self, i: int) -> np.ndarray:
+        return self.source.decode(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
+
+    def fingerprint(self) -> str:
+        return _digest("subset", len(self), [self.source.fingerprint().encode(), self.indices])
+
+
+def split_source(
+    source: ImageSource, test_fraction: float = 0.1, seed: int = 0
+) -> tuple[Subset, Subset]:
+    """Split a source into (train, test), stratified by label where there are labels.
+
+    Which items go to the test split depends on seed, the number of items and the labels only. Each
+    class gives test_fraction of its items, rounded up or down.
+
+    Raises:
+        ValueError: test_fraction is not between 0 and 1, or one of the two would be empty.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    n = len(source)
+    order = np.argsort(np.random.Philox(key=[seed, SPLIT_STREAM]).random_raw(n), kind="stable")
+    if source.labels is not None:
+        order = order[np.argsort(source.labels[order], kind="stable")]
+    # evenly spread along the classes: each gives its share, rounded up or down
+    share = np.floor(np.arange(n + 1) * test_fraction + 0.5)
+    is_test = np.zeros(n, bool)
+    is_test[order[np.diff(share) > 0]] = True
+    if is_test.all() or not is_test.any():
+        raise ValueError(
+            f"both splits must hold images, got {is_test.sum()} of {n} images in the test split "
+            f"for test_fraction {test_fraction}"
+        )
+    return Subset(source, np.flatnonzero(~is_test)), Subset(source, np.flatnonzero(is_test))
+
+
+class MissingSplit(ValueError):
+    """The data exist, but not the split that was asked for."""
+
+
+def open_source(spec: str | Path, split: str | None = None) -> ImageSource:
+    """Open "shapes10", an image folder, a Parquet file or a folder of them, a .npz or .npy file.
+
+    A folder has splits if its subfolders or its Parquet files are named after them: train/ and
+    test/ (or val/, valid/, validation/), or train.parquet, test-00000-of-00001.parquet and so on.
+
+    Args:
+        spec: name or path.
+        split: "train", "test" (takes a validation split where there is no test split), "val", or
+            None: the train split where there are splits, else everything.
+
+    Raises:
+        MissingSplit: there is no such split; the message lists what was looked for.
+        ValueError: split is none of these, the path does not exist, or it holds no images.
+    """
+    if split is not None and split not in SPLIT_NAMES:
+        raise ValueError(f"split must be one of {', '.join(SPLIT_NAMES)} or None, got {split!r}")
+    if spec == "shapes10":
+        return shapes10("test" if split == "val" else split or "train")
+    path = Path(spec)
+    if not path.exists():
+        raise ValueError(
+            f"data must be 'shapes10', a folder, a .parquet, .npz or .npy file; no {path} exists"
+        )
+    if path.is_dir():
+        if files := sorted(path.rglob("*.parquet")):
+            return _open_parquet(path, files, split)
+        return _open_folder(path, split)
+    if split is not None:
+        raise MissingSplit(
+            f"a split must be in a folder of its own or a Parquet file beside its "
+            f"siblings, got the single file {path}"
+        )
+    if path.suffix == ".parquet":
+        return ParquetImages(path)
+    if path.suffix in (".npz", ".npy"):
+        return ArrayImages.load(path)
+    raise ValueError(f"a data file must end in .parquet, .npz or .npy, got {path}")
+
+
+def open_splits(
+    spec: str | Path, test_fraction: float = 0.1, seed: int = 0
+) -> tuple[ImageSource, ImageSource]:
+    """Open (train, test); where the data have no test split, split_source makes one."""
+    try:
+        test = open_source(spec, "test")
+    except MissingSplit:
+        return split_source(open_source(spec), test_fraction, seed)
+    return open_source(spec, "train"), test
+
+
+def _open_parquet(root: Path, files: list[Path], split: str | None) -> ParquetImages:
+    named = {}
+    for file in files:
+        *folders, stem = (part.lower() for part in file.relative_to(root).with_suffix("").parts)
+        # train-00000-of-00004 and train_0 name a split, trainer does not
+        for word in {*folders, re.split(r"[^a-z]", stem)[0]}:
+            named.setdefault(word, []).append(file)
+    for name in SPLIT_NAMES[split or "train"]:
+        if name in named:
+            return ParquetImages(named[name])
+    if split is None:
+        return ParquetImages(files)
+    found = ", ".join(str(file.relative_to(root)) for file in files[:10])
+    raise _missing_split(root, split, found)
+
+
+def _open_folder(root: Path, split: str | None) -> ImageFolder:
+    folders = {name.lower(): root / name for name in class_folders(root)}
+    train, test = (
+        next((folders[name] for name in SPLIT_NAMES[wanted] if name in folders), None)
+        for wanted in ("train", split if split in ("test", "val") else "test")
+    )
+    # a class may be called "train": one such folder among others does not make splits
+    names = set().union(*SPLIT_NAMES.values())
+    has_splits = (train and test) or folders.keys() <= names
+    if split is None and not (has_splits and train):
+        return ImageFolder(root)
+    chosen = test if split in ("test", "val") else train
+    if not (has_splits and chosen):
+        raise _missing_split(root, split, ", ".join(sorted(folders)[:10]) or "no subfolders")
+    # both splits are numbered by the train split's folders
+    return ImageFolder(chosen, classes=(class_folders(train) if train else None) or None)
+
+
+def _missing_split(root: Path, split: str, found: str) -> MissingSplit:
+    looked_for = ", ".join(SPLIT_NAMES[split])
+    return MissingSplit(
+        f"{root} must hold a subfolder or Parquet files named {looked_for} for the split "
+        f"{split!r}, got {found}"
+    )
+
+
+def _checked_labels(labels, n: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.shape not in ((n,), (n, 1)):
+        raise ValueError(f"labels must be ({n},), one per image, got {labels.shape}")
+    return labels.reshape(n).astype(np.int64)
+
+
+def _digest(kind: str, n: int, parts: list) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return f"{kind}:{n}:{digest.hexdigest()[:16]}"
