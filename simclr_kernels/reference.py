@@ -8,6 +8,7 @@ views google-research/simclr (tf2/data_util.py), whose own outputs the tests com
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SQUARED_NORM_FLOOR = 1e-12
@@ -62,3 +63,304 @@ def nt_xent(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
+
+
+# --- the views ------------------------------------------------------------------------------------
+
+KEYS_A = -0.5  # of the bicubic kernel
+POSITION_BITS = 10  # the original reads its bicubic weights from a table of 1024 steps
+SPAN_FLOOR = 1e-12  # below it the hue and the saturation of a pixel do not matter
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
+
+
+def resize_taps(
+    start: Tensor, length: Tensor, out: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The four source pixels and weights behind each output pixel, along one side of a crop.
+
+    Bicubic (Keys, A = -0.5), half-pixel centres, no antialias. The position of output x is
+    ((2x + 1) length - out) / (2 out) in source pixels, rounded to 1/1024 (ties to even); taps
+    outside the crop get weight 0 and the others are renormalised (tf.image.resize of TF2, whose
+    float32 positions are the same for every crop side up to 2048, at out = 224 up to 897; beyond,
+    a few fall into the neighbouring 1/1024).
+
+    Args:
+        start: (B,) integer, first pixel of each crop in its image.
+        length: (B,) integer >= 1, pixels of each crop.
+        out: output pixels.
+        dtype: of the weights.
+
+    Returns:
+        (B, out, 4) int64 source pixels and (B, out, 4) weights that sum to 1.
+    """
+    start, length = start.long()[:, None, None], length.long()[:, None, None]
+    x = torch.arange(out, device=start.device)[:, None]
+    num = ((2 * x + 1) * length - out) << POSITION_BITS
+    doubled = 2 * num + 2 * out
+    position = doubled.div(4 * out, rounding_mode="floor")
+    # a tie went up: back to the even neighbour
+    position = position - ((doubled == position * (4 * out)) & (position % 2 == 1)).long()
+
+    tap = (position >> POSITION_BITS) + torch.arange(-1, 3, device=start.device)  # [B, out, 4]
+    distance = ((tap << POSITION_BITS) - position).abs().to(dtype) / (1 << POSITION_BITS)
+    a = KEYS_A
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    inside = (tap >= 0) & (tap < length)
+    weight = torch.where(distance < 1, near, far) * inside
+    return start + tap.clamp_min(0).minimum(length - 1), weight / weight.sum(2, keepdim=True)
+
+
+def crop_resize(
+    images: Tensor,
+    crop: Tensor,
+    size: int | tuple[int, int],
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Cuts a box out of each image and resizes it; bicubic overshoot is kept. See resize_taps.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        crop: (B, 4) integer (y, x, height, width) in source pixels, inside the image.
+        size: output side, or (height, width), in pixels.
+        flip: (B,) bool, mirrors left and right after the resize.
+        dtype: float32 or float64, of the arithmetic and the result.
+
+    Returns:
+        (B, 3, height, width) in units of 1.0 = white: pixels are multiplied by 1/255.
+    """
+    out_height, out_width = (size, size) if isinstance(size, int) else size
+    y, x, height, width = crop.unbind(1)
+    rows, row_weights = resize_taps(y, height, out_height, dtype)
+    columns, column_weights = resize_taps(x, width, out_width, dtype)
+    if flip is not None:
+        flip = flip[:, None, None]
+        columns = torch.where(flip, columns.flip(1), columns)
+        column_weights = torch.where(flip, column_weights.flip(1), column_weights)
+    B, _, W, _ = images.shape
+    table = (images.to(dtype) * (1 / 255)).flatten(2)  # [B, H, W * 3]
+    table = _weighted_rows(table, rows, row_weights)
+    # columns become rows, so that both passes gather contiguous runs
+    table = table.view(B, out_height, W, 3).permute(0, 2, 3, 1).flatten(2)
+    table = _weighted_rows(table, columns, column_weights)
+    return table.view(B, out_width, 3, out_height).permute(0, 2, 3, 1).contiguous()
+
+
+def _weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """(B, out, C): of table (B, rows, C), the sum of 4 rows by index and weight (B, out, 4)."""
+    B, rows, C = table.shape
+    index = index + torch.arange(B, device=table.device)[:, None, None] * rows
+    index, weight, table = index.view(-1, 4), weight.view(-1, 4, 1), table.reshape(B * rows, C)
+    total = table.index_select(0, index[:, 0]) * weight[:, 0]
+    for k in range(1, 4):
+        total.addcmul_(table.index_select(0, index[:, k]), weight[:, k])
+    return total.view(B, -1, C)
+
+
+def _per_image(value: Tensor, planes: Tensor) -> Tensor:
+    """(B, 1, 1, 1) in the dtype of planes."""
+    return value.to(planes.dtype).view(-1, 1, 1, 1)
+
+
+def brightness(planes: Tensor, factor: Tensor, mode: str = "multiply") -> Tensor:
+    """planes * factor, or planes + factor with mode "add" (SimCLR v1); factor (B,), not clipped."""
+    factor = _per_image(factor, planes)
+    return planes * factor if mode == "multiply" else planes + factor
+
+
+def contrast(planes: Tensor, factor: Tensor) -> Tensor:
+    """(x - m) * factor + m with m the mean of each channel over the image; factor (B,)."""
+    mean = planes.mean((2, 3), keepdim=True)
+    return (planes - mean).mul_(_per_image(factor, planes)).add_(mean)
+
+
+def saturation(planes: Tensor, factor: Tensor) -> Tensor:
+    """HSV saturation times factor (B,) >= 0, clipped to [0, 1], at the same hue and value.
+
+    With V and m the largest and smallest channel of a pixel, S = (V - m) / V, so that
+    V - x shrinks by min(factor S, 1) / S * (V - m) / (V - m) = min(factor, V / (V - m)); a pixel
+    with V <= 0 becomes V. Unlike the original's CPU kernel no hue is formed: a pixel whose hue
+    rounds to a full turn keeps its colour.
+    """
+    red, green, blue = planes.unbind(1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    span = high - torch.minimum(torch.minimum(red, green), blue)
+    shrink = high.clamp_min(0).div_(span.clamp_min_(SPAN_FLOOR)).unsqueeze(1)
+    shrink = torch.minimum(shrink, _per_image(factor, planes))
+    high = high.unsqueeze(1)
+    return (planes - high).mul_(shrink).add_(high)
+
+
+def hue(planes: Tensor, turns: Tensor) -> Tensor:
+    """Rotates the HSV hue by turns (B,); the largest and smallest channel of a pixel stay.
+
+    The hue in sixths of a turn is (G - B) / span where red is largest, 2 + (B - R) / span where
+    green is, else 4 + (R - G) / span; each channel is m + span * ramp(hue), also outside [0, 1].
+    """
+    red, green, blue = planes.unbind(1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    span = high - low
+    per_span = span.clamp_min(SPAN_FLOOR).reciprocal_()
+    sixths = torch.where(
+        high == red,
+        (green - blue).mul_(per_span),
+        torch.where(
+            high == green,
+            (blue - red).mul_(per_span).add_(2),
+            (red - green).mul_(per_span).add_(4),
+        ),
+    )
+    sixths = sixths.add_(6 * _per_image(turns, planes)[:, 0])
+    sixths = sixths - (sixths / 6).floor_().mul_(6)
+    ramps = (
+        (sixths - 3).abs_().sub_(1),
+        2 - (sixths - 2).abs_(),
+        2 - (sixths - 4).abs_(),
+    )
+    return torch.stack([torch.addcmul(low, span, ramp.clamp_(0, 1)) for ramp in ramps], 1)
+
+
+def color_jitter(planes: Tensor, params, brightness_mode: str = "multiply") -> Tensor:
+    """Four colour operations in the order of each image, each followed by a clip to [0, 1].
+
+    Args:
+        planes: (B, 3, H, W) float32 or float64.
+        params: AugmentParams of the B images: order, brightness, contrast, saturation, hue_turns.
+            Where a value is exactly neutral its operation is skipped, clip included.
+        brightness_mode: "multiply" (neutral 1) or "add" (neutral 0).
+    """
+    steps = (
+        (
+            lambda x, factor: brightness(x, factor, brightness_mode),
+            params.brightness,
+            1.0 if brightness_mode == "multiply" else 0.0,
+        ),
+        (contrast, params.contrast, 1.0),
+        (saturation, params.saturation, 1.0),
+        (hue, params.hue_turns, 0.0),
+    )
+    planes = planes.clone()
+    for position in params.order.unbind(1):
+        for code, (operation, value, neutral) in enumerate(steps):
+            chosen = ((position == code) & (value != neutral)).nonzero()[:, 0]
+            if len(chosen):
+                changed = operation(planes.index_select(0, chosen), value[chosen]).clamp_(0, 1)
+                planes.index_copy_(0, chosen, changed)
+    return planes
+
+
+def grayscale(planes: Tensor) -> Tensor:
+    """0.2989 R + 0.5870 G + 0.1140 B in all three channels; (B, 3, H, W)."""
+    red, green, blue = (
+        x * weight for x, weight in zip(planes.unbind(1), GRAY_WEIGHTS, strict=True)
+    )
+    return (red + green + blue).unsqueeze(1).expand_as(planes)
+
+
+def gaussian_blur(planes: Tensor, sigma_px: Tensor) -> Tensor:
+    """Separable Gaussian, horizontal first, zero padding; taps to radius (H // 10) // 2.
+
+    Args:
+        planes: (B, 3, H, W) float32 or float64.
+        sigma_px: (B,) standard deviation in pixels; an image with 0 is left as it is.
+    """
+    radius = planes.shape[2] // 10 // 2
+    chosen = (sigma_px > 0).nonzero()[:, 0]
+    if radius == 0 or len(chosen) == 0:
+        return planes
+    sigma = sigma_px[chosen, None].to(planes.dtype)
+    x = torch.arange(-radius, radius + 1, device=planes.device, dtype=planes.dtype)
+    taps = torch.exp(-x.square() / (2 * sigma.square()))
+    taps = taps / taps.sum(1, keepdim=True)  # [chosen, 2 radius + 1]
+    blurred = F.pad(planes.index_select(0, chosen), (radius, radius))
+    blurred = F.pad(_slide(blurred, taps, 3), (0, 0, radius, radius))
+    return planes.index_copy(0, chosen, _slide(blurred, taps, 2))
+
+
+def _slide(padded: Tensor, taps: Tensor, dim: int) -> Tensor:
+    """Weighted sum of shifted copies along dim, with the taps (B, K) of each image."""
+    out = padded.shape[dim] - taps.shape[1] + 1
+    weights = taps[:, :, None, None, None].unbind(1)
+    total = padded.narrow(dim, 0, out) * weights[0]
+    for k in range(1, len(weights)):
+        total.addcmul_(padded.narrow(dim, k, out), weights[k])
+    return total
+
+
+def solarize(planes: Tensor, threshold: Tensor) -> Tensor:
+    """1 - x where x >= threshold (B,); an image with threshold 1 is left as it is."""
+    threshold = _per_image(threshold, planes)
+    return torch.where((planes >= threshold) & (threshold < 1), 1 - planes, planes)
+
+
+def normalize(planes: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(planes - mean) / std by channel."""
+    mean, std = (planes.new_tensor(value).view(3, 1, 1) for value in (mean, std))
+    return (planes - mean) / std
+
+
+def augment(images: Tensor, params, config, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One whole view of each image, from uint8 pixels. See simclr_kernels.augment.augment.
+
+    crop, resize, flip -> colour jitter -> grayscale -> clip -> blur, clip -> solarize -> mean/std.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        params: AugmentParams of the B images.
+        config: AugmentConfig, of which size, brightness_mode, mean and std are read.
+        dtype: float32 or float64, of the arithmetic and the result.
+
+    Returns:
+        (B, 3, size, size), in [0, 1] unless the config normalises.
+    """
+    planes = crop_resize(images, params.crop, config.size, params.flip, dtype)
+    planes = color_jitter(planes, params, config.brightness_mode)
+    gray = params.grayscale.nonzero()[:, 0]
+    if len(gray):
+        planes.index_copy_(0, gray, grayscale(planes.index_select(0, gray)))
+    planes = gaussian_blur(planes.clamp_(0, 1), params.sigma_px).clamp_(0, 1)
+    inverted = (params.solarize < 1).nonzero()[:, 0]
+    if len(inverted):
+        changed = solarize(planes.index_select(0, inverted), params.solarize[inverted])
+        planes.index_copy_(0, inverted, changed)
+    return planes if config.mean is None else normalize(planes, config.mean, config.std)
+
+
+def eval_crop(
+    height: int, width: int, out_height: int, out_width: int, proportion: float = 0.875
+) -> tuple[int, int, int, int]:
+    """(y, x, height, width) of the centre crop of the output's aspect, proportion of the image."""
+    aspect = out_width / out_height
+    if aspect > width / height:
+        crop_height, crop_width = round(proportion / aspect * width), round(proportion * width)
+    else:
+        crop_height, crop_width = round(proportion * height), round(proportion * aspect * height)
+    return (height - crop_height + 1) // 2, (width - crop_width + 1) // 2, crop_height, crop_width
+
+
+def eval_view(
+    images: Tensor,
+    size: int,
+    crop_proportion: float = 0.875,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The view for evaluation: centre crop, resize, clip; no randomness, no mean/std.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        size: output side in pixels. Up to 32 the whole image is used, as in the original, and an
+            image of that size is only converted.
+        crop_proportion: of the image that the crop keeps.
+        dtype: float32 or float64.
+
+    Returns:
+        (B, 3, size, size) in [0, 1].
+    """
+    B, H, W, _ = images.shape
+    if size <= 32 and H == W == size:
+        return images.permute(0, 3, 1, 2).to(dtype).mul_(1 / 255)
+    box = (0, 0, H, W) if size <= 32 else eval_crop(H, W, size, size, crop_proportion)
+    crop = torch.tensor(box, device=images.device).expand(B, 4)
+    return crop_resize(images, crop, size, dtype=dtype).clamp_(0, 1)
