@@ -1,3 +1,21 @@
-"""SimCLR at full speed: fused NT-Xent loss, exact augmentation, a slim trainer (arXiv 2002.05709)."""
+"""SimCLR at full speed: fused NT-Xent, exact views, a slim trainer (arXiv 2002.05709)."""
+
+from simclr_kernels.augment import PackedImages, augment, two_views
+from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.ntxent import NTXentLoss, fused_nt_xent
+from simclr_kernels.optim import LARS
+from simclr_kernels.params import AugmentParams, sample_params
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AugmentConfig",
+    "AugmentParams",
+    "LARS",
+    "NTXentLoss",
+    "PackedImages",
+    "augment",
+    "fused_nt_xent",
+    "sample_params",
+    "two_views",
+]

@@ -59,8 +59,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"step-{step:08d}-{digest}.pt"
     write_atomically(path, content)
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
+    # what a killed run left behind under its temporary name
+    for stale in [*list_checkpoints(folder)[:-keep], *folder.glob(".step-*")]:
+        stale.unlink()
     return path
 
 

@@ -1,0 +1,229 @@
+"""The commands: `simclr-kernels demo | train | eval | views | doctor`.
+
+Settings of a training are the fields of TrainConfig, given as flags, in a YAML file (`--config`),
+or both; `train --print_config` prints them all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+from simclr_kernels import __version__
+from simclr_kernels.augment import augment
+from simclr_kernels.checkpoint import DamagedCheckpoint
+from simclr_kernels.config import TrainConfig, ViewsConfig
+from simclr_kernels.data import decode_image, open_source, open_splits
+from simclr_kernels.demo import demo
+from simclr_kernels.doctor import doctor
+from simclr_kernels.evaluate import eval_batches
+from simclr_kernels.models import build_encoder
+from simclr_kernels.params import AugmentParams, sample_params
+from simclr_kernels.report import table
+from simclr_kernels.report_pictures import save_contact_sheet
+from simclr_kernels.runs import augment_config, fit, frozen_accuracy, load_encoder
+from simclr_kernels.trainer import NonFiniteTraining
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (130 and 143 after Ctrl-C and SIGTERM)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser, commands = _parsers()
+    try:
+        chosen = parser.parse_args(_with_settings_of_the_run(arguments))
+        _keep_heap()
+        return commands[chosen.command](chosen[chosen.command])
+    except (ValueError, OSError, ImportError, NonFiniteTraining, DamagedCheckpoint) as error:
+        print(f"simclr-kernels: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, Any]]:
+    parser = ArgumentParser(prog="simclr-kernels", description=__doc__, version=__version__)
+    commands = parser.add_subcommands(dest="command")
+
+    demonstration = ArgumentParser(description="Train on shapes10, with the recipe and without.")
+    demonstration.add_argument("--seeds", type=int, nargs="+", default=[0])
+    demonstration.add_argument("--epochs", type=int | None, default=None, help="of each training")
+    demonstration.add_argument("--run_dir", type=str | None, default=None)
+    commands.add_subcommand("demo", demonstration)
+
+    training = ArgumentParser(description="Train an encoder on images without labels.")
+    training.add_argument("--config", action="config", help="YAML file of settings")
+    training.add_class_arguments(TrainConfig)
+    training.add_argument("--run_dir", type=str | None, default=None, help="default: runs/DATE")
+    training.add_argument("--resume", type=str | None, default=None, help="run folder to continue")
+    commands.add_subcommand("train", training)
+
+    evaluation = ArgumentParser(description="kNN and linear probe of a trained encoder.")
+    evaluation.add_argument("encoder", type=str, help="run folder or encoder.safetensors")
+    evaluation.add_argument("--data", type=str, required=True, help="labelled images, as in train")
+    evaluation.add_argument("--test_data", type=str | None, default=None, help="default: its split")
+    evaluation.add_argument("--test_fraction", type=float, default=0.2, help="where it has none")
+    evaluation.add_argument("--k", type=int, default=20, help="neighbours")
+    evaluation.add_argument("--labels_per_class", type=int | None, default=None)
+    evaluation.add_argument("--baselines", type=bool, default=False, help="pixels, random weights")
+    evaluation.add_argument("--batch_size", type=int, default=512)
+    evaluation.add_argument("--device", type=str, default="auto")
+    commands.add_subcommand("eval", evaluation)
+
+    sheet = ArgumentParser(description="Contact sheet of an image and its views.")
+    sheet.add_argument("images", type=str, nargs="+", help="image files")
+    sheet.add_class_arguments(ViewsConfig)
+    sheet.add_argument("--count", type=int, default=8, help="views of each image")
+    sheet.add_argument("--seed", type=int, default=0)
+    sheet.add_argument("--out", type=str, default="views", help="folder of the sheets")
+    commands.add_subcommand("views", sheet)
+
+    commands.add_subcommand("doctor", ArgumentParser(description="What runs where, and why."))
+    return parser, {
+        "demo": _demo,
+        "train": lambda arguments: _train(training, arguments),
+        "eval": _eval,
+        "views": lambda arguments: _views(sheet, arguments),
+        "doctor": lambda _: print(doctor()) or 0,
+    }
+
+
+def _with_settings_of_the_run(arguments: list[str]) -> list[str]:
+    """`train --resume RUN ...` reads RUN/config.yaml first; flags after it may still change it."""
+    if arguments[:1] != ["train"]:
+        return arguments
+    for i, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--resume" and (value or i + 1 < len(arguments)):
+            settings = Path(value or arguments[i + 1]) / "config.yaml"
+            if not settings.is_file():
+                raise FileNotFoundError(f"nothing to resume: there is no {settings}")
+            return ["train", "--config", str(settings), *arguments[1:]]
+    return arguments
+
+
+def _demo(arguments: Namespace) -> int:
+    demo(arguments.seeds, arguments.run_dir or _new_folder("demo-"), arguments.epochs)
+    return 0
+
+
+def _train(parser: ArgumentParser, arguments: Namespace) -> int:
+    config = _dataclass(TrainConfig, parser, arguments)
+    if arguments.resume and arguments.run_dir:
+        raise ValueError("--resume names the run folder already; leave out --run_dir")
+    run_dir = Path(arguments.resume or arguments.run_dir or _new_folder(""))
+    result = fit(config, run_dir, resume=arguments.resume is not None)
+    figures = {
+        name: f"{100 * result.metrics[name]:.1f} %"
+        for name in ("knn", "linear_probe")
+        if name in result.metrics
+    }
+    skipped = f", {result.skipped} of them skipped as not finite" if result.skipped else ""
+    print(f"{result.steps} of {result.total_steps} steps{skipped} in {result.seconds:.0f} s")
+    if figures:
+        print("while training: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+    print(f"in {run_dir}: " + ", ".join(sorted(path.name for path in run_dir.iterdir())))
+    if result.stopped_by:
+        print(f"stopped by {result.stopped_by}; simclr-kernels train --resume {run_dir} continues")
+        return 128 + signal.Signals[result.stopped_by]
+    print(f"next: simclr-kernels eval {run_dir} --data {config.data}")
+    return 0
+
+
+def _eval(arguments: Namespace) -> int:
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder, name, views = load_encoder(arguments.encoder, device)
+    train_source, test_source = (
+        open_splits(arguments.data, arguments.test_fraction)
+        if arguments.test_data is None
+        else (open_source(arguments.data), open_source(arguments.test_data))
+    )
+    print(f"{len(train_source)} training images, {len(test_source)} test images")
+    batches = [
+        eval_batches(
+            source, views.size, arguments.batch_size, device, mean=views.mean, std=views.std
+        )
+        for source in (train_source, test_source)
+    ]
+    few = arguments.labels_per_class
+    options = {"k": arguments.k, "labels_per_class": few}
+    rows = []
+    if arguments.baselines:
+        pixels = frozen_accuracy(nn.Flatten(), *batches, k=arguments.k, probe=False)
+        torch.manual_seed(0)
+        untrained = frozen_accuracy(build_encoder(name).to(device).eval(), *batches, **options)
+        rows += [["raw pixels", pixels], [f"random {name}", untrained]]
+    rows.append([arguments.encoder, frozen_accuracy(encoder, *batches, **options)])
+    columns = {"knn": f"kNN, k = {arguments.k}", "linear_probe": "linear probe"}
+    if few is not None:
+        columns["linear_probe_few"] = f"{few} labels a class"
+    cells = [
+        [name, *(f"{100 * result[c]:.1f}" if c in result else "" for c in columns)]
+        for name, result in rows
+    ]
+    print(table(cells, ["accuracy in %", *columns.values()]))
+    return 0
+
+
+def _views(parser: ArgumentParser, arguments: Namespace) -> int:
+    config = augment_config(_dataclass(ViewsConfig, parser, arguments))
+    # mean and std would leave the range that a picture can show
+    config = dataclasses.replace(config, mean=None, std=None)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for index, path in enumerate(map(Path, arguments.images)):
+        image = decode_image(path.read_bytes())
+        size = torch.tensor([image.shape[:2]])
+        # epochs give as many draws as asked for; even ones show view 0, odd ones view 1
+        params = AugmentParams.concatenate(
+            [
+                sample_params(
+                    config,
+                    size,
+                    seed=arguments.seed,
+                    epoch=k // 2,
+                    index=torch.tensor([index]),
+                    view=k % 2,
+                )
+                for k in range(arguments.count)
+            ]
+        )
+        repeated = torch.from_numpy(image).expand(arguments.count, *image.shape)
+        pixels = augment(repeated, params, config)
+        captions = [params.describe(k) for k in range(arguments.count)]
+        sheet = out / f"{path.stem}-views.png"
+        save_contact_sheet(image, pixels, captions, params.crop, sheet)
+        print(f"{path}: {arguments.count} views in {sheet}")
+    return 0
+
+
+def _dataclass(kind: type, parser: ArgumentParser, arguments: Namespace) -> Any:
+    """The settings among a command's arguments."""
+    values = parser.instantiate(arguments)
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _new_folder(prefix: str) -> Path:
+    return Path("runs") / f"{prefix}{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _keep_heap() -> None:
+    """Let glibc keep freed memory: giving pages back costs a third of a CPU training step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)

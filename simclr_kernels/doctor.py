@@ -1,0 +1,60 @@
+"""What this installation can do: versions, devices, and which code each operation will run."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from simclr_kernels import _C, __version__
+from simclr_kernels.report import table
+
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "pyarrow": "Parquet data sets, pip install simclr-kernels[hf]",
+}
+
+
+def doctor() -> str:
+    """The report as text."""
+    lines = [
+        f"simclr_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    for package, purpose in OPTIONAL.items():
+        lines.append(f"{package}: {_version(package)} ({purpose})")
+    lines.append(_gpus())
+    lines += ["", table(_operations(), ["operation", "tensors on", "runs", "because"])]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch was built without CUDA or ROCm" if not built else "no GPU answers"
+        return f"GPU: none usable ({reason})"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return "GPU: " + ", ".join(names)
+
+
+def _operations() -> list[list[str]]:
+    native = _C.__doc__.split(".")[0]
+    gpu = "cuda" if torch.cuda.is_available() else "cuda (none here)"
+    reference = "torch reference, batched"
+    return [
+        ["fused_nt_xent", "cpu", "C++", f"simclr_kernels._C is built: {native}"],
+        ["fused_nt_xent", gpu, "Triton", "comes with a GPU build of torch"],
+        ["fused_nt_xent", "others, float64", "torch, in row blocks", "no kernel for them"],
+        ["views", "every device", reference, "their kernels are not written yet"],
+        ["decoding", "cpu", "Pillow, in threads", "GPU decoding is not written yet"],
+        ["encoder", "every device", "torch", "bfloat16 and torch.compile where a GPU is"],
+    ]
