@@ -44,6 +44,7 @@ SPLIT_NAMES = {  # what a split's folder or Parquet files may be called, the fir
     "test": ("test", "val", "valid", "validation"),
     "val": ("val", "valid", "validation"),
 }
+ALL_SPLIT_NAMES = set().union(*SPLIT_NAMES.values())
 
 
 class ImageSource(Protocol):
@@ -220,8 +221,8 @@ def open_source(spec: str | Path, split: str | None = None) -> ImageSource:
 
     Args:
         spec: name or path.
-        split: "train", "test" (takes a validation split where there is no test split), "val", or
-            None: the train split where there are splits, else everything.
+        split: "train" or None: the train split, or everything where there are no splits at all;
+            "test": the test split or, without one, the validation split; "val".
 
     Raises:
         MissingSplit: there is no such split; the message lists what was looked for.
@@ -240,11 +241,8 @@ def open_source(spec: str | Path, split: str | None = None) -> ImageSource:
         if files := sorted(path.rglob("*.parquet")):
             return _open_parquet(path, files, split)
         return _open_folder(path, split)
-    if split is not None:
-        raise MissingSplit(
-            f"a split must be in a folder of its own or a Parquet file beside its "
-            f"siblings, got the single file {path}"
-        )
+    if split in ("test", "val"):
+        raise MissingSplit(f"a single file has no splits, got {path} for the split {split!r}")
     if path.suffix == ".parquet":
         return ParquetImages(path)
     if path.suffix in (".npz", ".npy"):
@@ -273,7 +271,7 @@ def _open_parquet(root: Path, files: list[Path], split: str | None) -> ParquetIm
     for name in SPLIT_NAMES[split or "train"]:
         if name in named:
             return ParquetImages(named[name])
-    if split is None:
+    if split is None or (split == "train" and not named.keys() & ALL_SPLIT_NAMES):
         return ParquetImages(files)
     found = ", ".join(str(file.relative_to(root)) for file in files[:10])
     raise _missing_split(root, split, found)
@@ -281,20 +279,23 @@ def _open_parquet(root: Path, files: list[Path], split: str | None) -> ParquetIm
 
 def _open_folder(root: Path, split: str | None) -> ImageFolder:
     folders = {name.lower(): root / name for name in class_folders(root)}
+    held_out = split if split in ("test", "val") else "test"
     train, test = (
         next((folders[name] for name in SPLIT_NAMES[wanted] if name in folders), None)
-        for wanted in ("train", split if split in ("test", "val") else "test")
+        for wanted in ("train", held_out)
     )
     # a class may be called "train": one such folder among others does not make splits
-    names = set().union(*SPLIT_NAMES.values())
-    has_splits = (train and test) or folders.keys() <= names
-    if split is None and not (has_splits and train):
-        return ImageFolder(root)
-    chosen = test if split in ("test", "val") else train
-    if not (has_splits and chosen):
+    if not (train and test) and not folders.keys() <= ALL_SPLIT_NAMES:
+        train = test = None
+    if split in ("test", "val"):
+        chosen = test
+    else:
+        chosen = train or (None if test and split else root)
+    if chosen is None:
         raise _missing_split(root, split, ", ".join(sorted(folders)[:10]) or "no subfolders")
-    # both splits are numbered by the train split's folders
-    return ImageFolder(chosen, classes=(class_folders(train) if train else None) or None)
+    # all splits are numbered by the folders of the train split
+    numbering = class_folders(train) if train else None
+    return ImageFolder(chosen, classes=numbering or None)
 
 
 def _missing_split(root: Path, split: str, found: str) -> MissingSplit:

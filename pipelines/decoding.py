@@ -1,0 +1,206 @@
+"""Batches of decoded pixels in a given order: threads that decode ahead, and a cache of pixels.
+
+    order -> chunks -> decoding threads -> in order again, without the unreadable -> batches
+
+Threads suffice: Pillow decodes without the interpreter lock. Results are taken in the order of
+submission and everything else happens in one thread, so the number of workers changes nothing but
+the time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_kernels.augment import PackedImages
+from simclr_kernels.data import DecodeError, ImageSource
+
+from .quarantine import Quarantine
+
+CHUNK = 8  # images per task of a decoding thread
+BATCHES_AHEAD = 2  # finished batches waiting, besides those being decoded
+
+
+class PixelCache:
+    """Decoded images, up to a number of bytes; in one dense array as long as all have one size."""
+
+    def __init__(self, n: int, limit_bytes: float):
+        self.n, self.limit_bytes = n, limit_bytes
+        self.used_bytes = 0
+        self.dense: np.ndarray | None = None  # (n, H, W, 3)
+        self.in_dense = np.zeros(n, bool)
+        self.loose: dict[int, np.ndarray] = {}
+
+    def get(self, i: int) -> np.ndarray | None:
+        return self.dense[i] if self.in_dense[i] else self.loose.get(i)
+
+    def put(self, i: int, image: np.ndarray) -> None:
+        """Keep image i, if there is room and it is not kept yet."""
+        if self.get(i) is not None or self.used_bytes + image.nbytes > self.limit_bytes:
+            return
+        self.used_bytes += image.nbytes
+        if self.dense is None and not self.loose and self.n * image.nbytes <= self.limit_bytes:
+            self.dense = np.empty((self.n, *image.shape), np.uint8)
+        if self.dense is not None and image.shape == self.dense.shape[1:]:
+            self.dense[i] = image
+            self.in_dense[i] = True
+        else:
+            self.loose[i] = image
+
+    def holds_all_but(self, missing: int) -> bool:
+        """Whether the dense array lacks only `missing` images."""
+        return self.dense is not None and int(self.in_dense.sum()) + missing == self.n
+
+
+class DecodedBatches:
+    """Decodes items of a source in a given order and hands them out in batches.
+
+    Args:
+        source: see ImageSource.
+        quarantine: takes the unreadable items.
+        workers: decoding threads; 0 decodes in the calling thread, without prefetching.
+        cache_bytes: limit on decoded pixels kept in memory.
+        pin: whether batches lie in page-locked memory, for copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        quarantine: Quarantine,
+        workers: int,
+        cache_bytes: float,
+        pin: bool = False,
+    ):
+        self.source, self.quarantine, self.workers, self.pin = source, quarantine, workers, pin
+        self.cache = PixelCache(len(source), cache_bytes)
+
+    def batches(
+        self, order: np.ndarray, batch_size: int, count: int
+    ) -> Iterator[tuple[Tensor, Tensor | PackedImages]]:
+        """`count` batches of the readable items of order, which is repeated where it ends.
+
+        Yields:
+            index (B,) int64 and pixels on the CPU: (B, H, W, 3) uint8 if all images of the batch
+            have one size, else PackedImages.
+
+        Raises:
+            RuntimeError: too many items are unreadable, see Quarantine.
+        """
+        batches = self._assembled(order, batch_size, count)
+        return prefetched(batches, BATCHES_AHEAD) if self.workers else batches
+
+    def _assembled(self, order: np.ndarray, batch_size: int, count: int):
+        readable = self._decoded_ahead if self.workers else self._decoded_here
+        with closing(readable(order, batch_size, count * batch_size)) as items:
+            for _ in range(count):
+                index, images = zip(*islice(items, batch_size), strict=True)
+                yield torch.tensor(index), self._collated(images)
+
+    def _collated(self, images: tuple[np.ndarray, ...]) -> Tensor | PackedImages:
+        if len({image.shape for image in images}) == 1:
+            pixels = torch.from_numpy(np.stack(images))
+            return pixels.pin_memory() if self.pin else pixels
+        packed = PackedImages.from_images(images)
+        if not self.pin:
+            return packed
+        tensors = (packed.buffer, packed.offsets, packed.sizes)
+        return PackedImages(*(tensor.pin_memory() for tensor in tensors), checked=True)
+
+    def _decoded_here(self, order: np.ndarray, ahead: int, total: int):
+        """See _decoded_ahead; nothing is decoded before it is asked for."""
+        for chunk in self._chunks(order, 1):
+            yield from self._accepted(chunk, self._decode(chunk))
+
+    def _decoded_ahead(self, order: np.ndarray, ahead: int, total: int):
+        """At least total readable items of order, each (i, pixels); about `ahead` are in work."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        try:
+            chunks = self._chunks(order, CHUNK)
+            waiting, in_work = deque(), 0
+            while total > 0:
+                while in_work < min(total, ahead + self.workers * CHUNK):
+                    chunk = next(chunks)
+                    waiting.append((chunk, pool.submit(self._decode, chunk)))
+                    in_work += len(chunk)
+                chunk, decoded = waiting.popleft()
+                in_work -= len(chunk)
+                for item in self._accepted(chunk, decoded.result()):
+                    total -= 1
+                    yield item
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _chunks(self, order: np.ndarray, size: int) -> Iterator[list[int]]:
+        while True:
+            order = self.quarantine.readable(order)
+            for start in range(0, len(order), size):
+                yield order[start : start + size].tolist()
+
+    def _decode(self, items: list[int]) -> list[np.ndarray | DecodeError]:
+        return [self._decode_one(i) for i in items]
+
+    def _decode_one(self, i: int) -> np.ndarray | DecodeError:
+        image = self.cache.get(i)
+        if image is not None:
+            return image
+        try:
+            return self.source.decode(i)
+        except DecodeError as error:
+            return error
+
+    def _accepted(self, items: list[int], decoded: list) -> Iterator[tuple[int, np.ndarray]]:
+        for i, image in zip(items, decoded, strict=True):
+            if isinstance(image, DecodeError):
+                self.quarantine.add(i, image)
+            else:
+                self.cache.put(i, image)
+                yield i, image
+
+
+def prefetched(items: Iterator, ahead: int) -> Iterator:
+    """The same items, made in a thread of their own, at most `ahead` waiting.
+
+    An exception of the thread is raised here, with its traceback. Closing this generator ends the
+    thread and closes items.
+    """
+    ready = queue.Queue(ahead)
+    stop = threading.Event()
+    end = object()
+
+    def work() -> None:
+        last = end
+        try:
+            with closing(items):
+                for item in items:
+                    ready.put((item, None))
+                    if stop.is_set():
+                        return
+        except BaseException as error:
+            last = error
+        ready.put((end, last))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if item is end:
+                if error is not end:
+                    raise error
+                return
+            yield item
+    finally:
+        stop.set()
+        # makes room for the one item that may still be on its way
+        while not ready.empty():
+            ready.get_nowait()
+        thread.join()
