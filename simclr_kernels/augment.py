@@ -85,10 +85,11 @@ class PackedImages:
                 )
         ends = torch.tensor([0] + [image.numel() for image in tensors]).cumsum(0)
         flat = [image.reshape(-1) for image in tensors]
+        sizes = [image.shape[:2] for image in tensors]
         return cls(
             buffer=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
             offsets=ends[:-1],
-            sizes=torch.tensor([image.shape[:2] for image in tensors]).reshape(-1, 2),
+            sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         )
 
     def __len__(self) -> int:

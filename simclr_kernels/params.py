@@ -162,11 +162,11 @@ def sample_params(
 
     Args:
         config: the recipe.
-        sizes: (B, 2) integer, height and width of each image in pixels.
+        sizes: (B, 2) int32 or int64, height and width of each image in pixels, at least 1.
         seed: of the run, 0 <= seed < 2^64.
         epoch: 0 <= epoch < 2^32.
-        index: (B,) int64, number of each image in its data set, 0 <= index < 2^32. Its range is
-            checked on the CPU only: on a GPU the check would wait for the device.
+        index: (B,) int64, number of each image in its data set, 0 <= index < 2^32. The ranges of
+            sizes and index are checked on the CPU only: on a GPU it would wait for the device.
         view: >= 0; 0 and 1 for the two views of SimCLR.
 
     Returns:
@@ -188,10 +188,11 @@ def sample_params(
             "index must be (B,) and sizes (B, 2), "
             f"got {tuple(index.shape)} and {tuple(sizes.shape)}"
         )
-    if index.device.type == "cpu" and len(index):
-        low, high = index.aminmax()
-        if low < 0 or high > WORD:
-            raise ValueError(f"index must be in [0, 2^32), got {low} .. {high}")
+    for name, values, first, bits in (("index", index, 0, 32), ("sizes", sizes, 1, 31)):
+        if values.device.type == "cpu" and values.numel():
+            low, high = values.aminmax()
+            if low < first or high >= 1 << bits:
+                raise ValueError(f"{name} must be in [{first}, 2^{bits}), got {low} .. {high}")
 
     sizes = sizes.to(index.device, torch.int64)
 

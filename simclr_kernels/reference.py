@@ -80,9 +80,9 @@ def resize_taps(
 
     Bicubic (Keys, A = -0.5), half-pixel centres, no antialias. The position of output x is
     ((2x + 1) length - out) / (2 out) in source pixels, rounded to 1/1024 (ties to even); taps
-    outside the crop get weight 0 and the others are renormalised (tf.image.resize of TF2, whose
-    float32 positions are the same for every crop side up to 2048, at out = 224 up to 897; beyond,
-    a few fall into the neighbouring 1/1024).
+    outside the crop get weight 0 and the others are renormalised (tf.image.resize of TF2). Its
+    float32 positions fall on the same 1/1024 for outputs of 24, 32, 48, 64, 96, 128, 160, 192 and
+    256 and crop sides up to 2048; for 224 a few differ from a side of 898 on.
 
     Args:
         start: (B,) integer, first pixel of each crop in its image.
