@@ -12,10 +12,19 @@ from simclr_kernels.figure_style import CLASS_COLORS, PALETTE
 from simclr_kernels.report_pictures import (
     _Sheet,
     _tsne,
+    _wrap,
     save_contact_sheet,
     save_embedding,
     save_gallery,
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pixels(path):
@@ -133,7 +142,17 @@ def test_contact_sheet_draws_boxes_where_the_crops_are(tmp_path):
     assert (sheet[8 + 56 : 8 + 224, x : x + 224] == enlarged(levels[0], 8)[56:]).all()
 
 
-def test_contact_sheet_widens_for_long_captions(tmp_path):
+def test_long_captions_are_broken_after_commas_outside_brackets():
+    caption = "crop 264x264 at (196, 134), flip, hue +12 deg, contrast x0.60\nblur 1.31 px"
+    assert _wrap(caption) == [
+        "crop 264x264 at (196, 134),",
+        "flip, hue +12 deg,",
+        "contrast x0.60",
+        "blur 1.31 px",
+    ]
+
+
+def test_contact_sheet_widens_for_words_too_long_to_break(tmp_path):
     views, _ = random_views(2, 28)
     source = np.zeros((30, 30, 3), np.uint8)
     save_contact_sheet(source, views, ["short", "short"], None, tmp_path / "short.png")
