@@ -123,7 +123,7 @@ def test_probe_separates_what_is_separable():
 
 def test_probe_on_features_without_information_is_at_chance():
     generator = torch.Generator().manual_seed(0)
-    x, test_x = torch.randn(500, 16, generator=generator), torch.randn(4000, 16)
+    x, test_x = (torch.randn(n, 16, generator=generator) for n in (500, 4000))
     y = torch.randint(4, (500,), generator=generator)
     test_y = torch.randint(4, (4000,), generator=generator)
     assert linear_probe(x, y, test_x, test_y) == pytest.approx(0.25, abs=0.03)
@@ -330,8 +330,10 @@ def test_features_are_made_in_evaluation_mode_and_modes_come_back():
     model = network()
     model[1].train()
     model[0].eval()
-    batches = [(torch.rand(2, 3, 5, 5), torch.tensor([0, 1])), (torch.rand(1, 3, 5, 5), [2])]
-    batches[1] = (batches[1][0], torch.tensor([2]))
+    batches = [
+        (torch.rand(2, 3, 5, 5), torch.tensor([0, 1])),
+        (torch.rand(1, 3, 5, 5), torch.tensor([2])),
+    ]
     features, labels = extract_features(model, batches)
     assert (model.training, model[0].training, model[1].training) == (True, False, True)
     assert not features.requires_grad
