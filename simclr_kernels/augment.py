@@ -12,7 +12,7 @@ from simclr_kernels import reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.params import AugmentParams, sample_params
 
-# pixels, of sources or of views, in one piece of a batch: its planes stay in a core's cache
+# pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU
 PIECE_PIXELS = 1 << 17
 
 VIEW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -178,10 +178,10 @@ def contrast(planes: Tensor, factor: Tensor) -> Tensor:
 def saturation(planes: Tensor, factor: Tensor) -> Tensor:
     """HSV saturation times factor (B,) >= 0, clipped to [0, 1], at the same hue and value.
 
-    With V and m the largest and smallest channel of a pixel, S = (V - m) / V, so that
-    V - x shrinks by min(factor S, 1) / S * (V - m) / (V - m) = min(factor, V / (V - m)); a pixel
-    with V <= 0 becomes V. Unlike the original's CPU kernel no hue is formed: a pixel whose hue
-    rounds to a full turn keeps its colour.
+    With V and m the largest and smallest channel of a pixel and S = (V - m) / V, each channel x
+    becomes V - k (V - x) with k = min(factor S, 1) V / (V - m) = min(factor, V / (V - m)), and V
+    where V <= 0. Unlike the original's CPU kernel no hue is formed: a pixel whose hue rounds to a
+    full turn keeps its colour.
     """
     red, green, blue = planes.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
@@ -203,23 +203,18 @@ def hue(planes: Tensor, turns: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(red, green), blue)
     span = high - low
     per_span = span.clamp_min(SPAN_FLOOR).reciprocal_()
-    sixths = torch.where(
-        high == red,
-        (green - blue).mul_(per_span),
-        torch.where(
-            high == green,
-            (blue - red).mul_(per_span).add_(2),
-            (red - green).mul_(per_span).add_(4),
-        ),
-    )
+    # 0 where that channel is the largest, else 1: torch.where would take ten times as long
+    not_red, not_green = (high - red).sign_(), (high - green).sign_()
+    if_red = (green - blue).mul_(per_span)
+    if_green = (blue - red).mul_(per_span).add_(2)
+    if_blue = (red - green).mul_(per_span).add_(4)
+    sixths = if_red.lerp(if_green.lerp(if_blue, not_green), not_red)
     sixths = sixths.add_(6 * _per_image(turns, planes)[:, 0])
-    sixths = sixths - (sixths / 6).floor_().mul_(6)
-    ramps = (
-        (sixths - 3).abs_().sub_(1),
-        2 - (sixths - 2).abs_(),
-        2 - (sixths - 4).abs_(),
-    )
-    return torch.stack([torch.addcmul(low, span, ramp.clamp_(0, 1)) for ramp in ramps], 1)
+    sixths = sixths.sub((sixths / 6).floor_().mul_(6)).unsqueeze(1)
+    # ramps of the channels: |hue - 3| - 1, 2 - |hue - 2|, 2 - |hue - 4|, clipped to [0, 1]
+    centre, offset, slope = planes.new_tensor([[3, 2, 4], [-1, 2, 2], [1, -1, -1]]).view(3, 3, 1, 1)
+    ramps = (sixths - centre).abs_().mul_(slope).add_(offset).clamp_(0, 1)
+    return torch.addcmul(low.unsqueeze(1), span.unsqueeze(1), ramps)
 
 
 def color_jitter(planes: Tensor, params, brightness_mode: str = "multiply") -> Tensor:
@@ -272,7 +267,7 @@ def gaussian_blur(planes: Tensor, sigma_px: Tensor) -> Tensor:
         return planes
     sigma = sigma_px[chosen, None].to(planes.dtype)
     x = torch.arange(-radius, radius + 1, device=planes.device, dtype=planes.dtype)
-    taps = torch.exp(-x.square() / (2 * sigma.square()))
+    taps = torch.exp(-0.5 * (x / sigma).square())
     taps = taps / taps.sum(1, keepdim=True)  # [chosen, 2 radius + 1]
     blurred = F.pad(planes.index_select(0, chosen), (radius, radius))
     blurred = F.pad(_slide(blurred, taps, 3), (0, 0, radius, radius))

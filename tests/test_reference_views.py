@@ -249,6 +249,20 @@ def test_blur_of_views_under_twenty_pixels_is_the_identity():
     assert torch.equal(reference.gaussian_blur(planes, torch.tensor([1.0, 2.0])), planes)
 
 
+def test_a_vanishing_sigma_is_the_identity():
+    planes = torch.rand(2, 3, 32, 32)
+    assert torch.equal(reference.gaussian_blur(planes, torch.tensor([1e-30, 0.05])), planes)
+
+
+def test_a_whole_turn_of_hue_and_a_factor_of_one_change_nothing():
+    planes = torch.rand(3, 3, 16, 16)
+    for turns in (1.0, 0.0, -1.0):
+        turned = reference.hue(planes, torch.full((3,), turns))
+        assert (turned - planes).abs().max() < 2e-6
+    assert torch.allclose(reference.saturation(planes, torch.ones(3)), planes, atol=1e-7)
+    assert torch.allclose(reference.contrast(planes, torch.ones(3)), planes, atol=1e-7)
+
+
 def test_solarize_inverts_from_the_threshold_on():
     planes = torch.tensor([0.2, 0.5, 1.0]).expand(2, 3, 1, 3)
     inverted = reference.solarize(planes, torch.tensor([0.5, 1.0]))
