@@ -283,7 +283,8 @@ def _evaluate(
     if validation is not None and labelled.any():
         queries, truth = extract_features(model.encoder, validation)
         bank_features, bank_labels = features[labelled], labels[labelled]
-        metrics["knn"] = knn_accuracy(bank_features, bank_labels, queries, truth)
+        k = min(20, len(bank_labels))
+        metrics["knn"] = knn_accuracy(bank_features, bank_labels, queries, truth, k=k)
         metrics["linear_probe"] = linear_probe(bank_features, bank_labels, queries, truth)
     return metrics
 
@@ -311,19 +312,14 @@ def _restore(
     path, state, refused = load_newest(folder)
     for message in refused:
         print(f"refused: {message}; using {path.name}", file=sys.stderr)
-    saved = state["config"]
+    saved, given = _flat(state["config"]), _flat(dataclasses.asdict(config))
     changed = [
-        (name, value, saved.get(name))
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE_TO_CHANGE and value != saved.get(name)
+        f"{name} is {given.get(name)}, the run has {saved.get(name)}"
+        for name in saved | given
+        if name not in FREE_TO_CHANGE and given.get(name) != saved.get(name)
     ]
     if changed:
-        raise ConfigMismatch(
-            "a run must be continued with its own settings; "
-            + "; ".join(
-                f"{name} is {new}, the run has {old}" for name, (new, old) in changed.items()
-            )
-        )
+        raise ConfigMismatch("a run is continued under its own settings; " + "; ".join(changed))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     pipeline.load_state_dict(state["pipeline"])
@@ -334,3 +330,14 @@ def _restore(
     if torch.cuda.is_available() and "cuda" in state["random"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return _Counters(**state["counters"]), path
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"views": {"size": 32}} as {"views.size": 32}."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

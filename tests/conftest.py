@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # before triton is imported: later has no effect
     os.environ["TRITON_INTERPRET"] = "1"
 
+# the tensors of most tests are too small for two threads to gain anything
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
