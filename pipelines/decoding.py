@@ -12,19 +12,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 
 import numpy as np
 import torch
+from simclr_kernels.pipelines.quarantine import Quarantine
 from torch import Tensor
 
 from simclr_kernels.augment import PackedImages
 from simclr_kernels.data import DecodeError, ImageSource
-
-from .quarantine import Quarantine
 
 CHUNK = 8  # images per task of a decoding thread
 BATCHES_AHEAD = 2  # finished batches waiting, besides those being decoded
@@ -95,14 +94,19 @@ class DecodedBatches:
         Raises:
             RuntimeError: too many items are unreadable, see Quarantine.
         """
-        batches = self._assembled(order, batch_size, count)
-        return prefetched(batches, BATCHES_AHEAD) if self.workers else batches
+        if not self.workers:
+            return self._assembled(self._decoded_here(order), batch_size, count)
+        stop = threading.Event()
+        items = self._decoded_ahead(order, batch_size, count * batch_size, stop)
+        return prefetched(self._assembled(items, batch_size, count), BATCHES_AHEAD, stop)
 
-    def _assembled(self, order: np.ndarray, batch_size: int, count: int):
-        readable = self._decoded_ahead if self.workers else self._decoded_here
-        with closing(readable(order, batch_size, count * batch_size)) as items:
+    def _assembled(self, items: Iterator[tuple[int, np.ndarray]], batch_size: int, count: int):
+        with closing(items):
             for _ in range(count):
-                index, images = zip(*islice(items, batch_size), strict=True)
+                batch = list(islice(items, batch_size))
+                if len(batch) < batch_size:
+                    return  # stopped
+                index, images = zip(*batch, strict=True)
                 yield torch.tensor(index), self._collated(images)
 
     def _collated(self, images: tuple[np.ndarray, ...]) -> Tensor | PackedImages:
@@ -115,18 +119,20 @@ class DecodedBatches:
         tensors = (packed.buffer, packed.offsets, packed.sizes)
         return PackedImages(*(tensor.pin_memory() for tensor in tensors), checked=True)
 
-    def _decoded_here(self, order: np.ndarray, ahead: int, total: int):
-        """See _decoded_ahead; nothing is decoded before it is asked for."""
+    def _decoded_here(self, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The readable items of order, without end, with their pixels."""
         for chunk in self._chunks(order, 1):
             yield from self._accepted(chunk, self._decode(chunk))
 
-    def _decoded_ahead(self, order: np.ndarray, ahead: int, total: int):
-        """At least total readable items of order, each (i, pixels); about `ahead` are in work."""
+    def _decoded_ahead(
+        self, order: np.ndarray, ahead: int, total: int, stop: threading.Event
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The same, at least `total` items if not stopped, while about `ahead` are in work."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
             chunks = self._chunks(order, CHUNK)
             waiting, in_work = deque(), 0
-            while total > 0:
+            while total > 0 and not stop.is_set():
                 while in_work < min(total, ahead + self.workers * CHUNK):
                     chunk = next(chunks)
                     waiting.append((chunk, pool.submit(self._decode, chunk)))
@@ -166,14 +172,13 @@ class DecodedBatches:
                 yield i, image
 
 
-def prefetched(items: Iterator, ahead: int) -> Iterator:
+def prefetched(items: Generator, ahead: int, stop: threading.Event) -> Iterator:
     """The same items, made in a thread of their own, at most `ahead` waiting.
 
-    An exception of the thread is raised here, with its traceback. Closing this generator ends the
-    thread and closes items.
+    An exception of the thread is raised here, with its traceback. Closing this generator sets
+    stop, upon which items should end soon, ends the thread and closes items.
     """
     ready = queue.Queue(ahead)
-    stop = threading.Event()
     end = object()
 
     def work() -> None:

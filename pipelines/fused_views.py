@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from simclr_kernels.pipelines import Batch, Pipeline
+from simclr_kernels.pipelines.decoding import DecodedBatches
 from torch import Tensor
 
 from simclr_kernels.augment import PackedImages, two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import ImageSource
-
-from . import Batch, Pipeline
-from .decoding import DecodedBatches
 
 MAX_DEFAULT_WORKERS = 16
 

@@ -29,6 +29,7 @@ DAMAGE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # raised where warnings are errors
 )
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
