@@ -130,7 +130,7 @@ class FusedViews(Pipeline):
             chosen = order.take(range(start, start + self.batch_size), mode="wrap")
             index = torch.from_numpy(chosen).to(self.device)
             if self._resident is None:
-                yield index, torch.from_numpy(dense.take(chosen, axis=0))
+                yield index, self._uploaded(torch.from_numpy(dense.take(chosen, axis=0)))
             else:
                 yield index, self._resident[index]
 

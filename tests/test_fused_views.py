@@ -147,6 +147,20 @@ def test_views_have_the_dtype_and_memory_format_asked_for(folder):
     assert views.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_the_same_by_every_route(folder):
+    arrays = ArrayImages(np.stack([folder.decode(i) for i in range(N)]), folder.labels)
+    runs = []
+    for source in (folder, arrays):
+        for cache_gib in (0, 2):
+            pipeline = FusedViews(source, CONFIG, 8, device="cuda", cache_gib=cache_gib)
+            list(pipeline)
+            runs.append(list(pipeline))  # the second pass finds what the first has kept
+    assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
+    for run in runs[1:]:
+        assert_same_batches(run, runs[0])
+
+
 # --- cache and threads ----------------------------------------------------------------------------
 
 
