@@ -12,21 +12,25 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "ntxent_forward",
         [](Address z, std::int64_t rows, std::int64_t features, bool interleaved, bool normalize,
-           double tau, int threads, Address loss, Address lse, Address negative_share) {
+           double tau, int threads, Address loss, Address top, Address mass,
+           Address negative_share) {
             simclr::ntxent_forward({reinterpret_cast<const float*>(z), rows, features, interleaved,
                                     normalize, tau, threads},
-                                   reinterpret_cast<float*>(loss), reinterpret_cast<float*>(lse),
+                                   reinterpret_cast<float*>(loss), reinterpret_cast<float*>(top),
+                                   reinterpret_cast<float*>(mass),
                                    reinterpret_cast<float*>(negative_share));
         },
         release);
     m.def(
         "ntxent_backward",
         [](Address z, std::int64_t rows, std::int64_t features, bool interleaved, bool normalize,
-           double tau, int threads, Address lse, Address negative_share, Address dloss, Address dz) {
+           double tau, int threads, Address top, Address mass, Address negative_share,
+           Address dloss, Address dz) {
             return simclr::ntxent_backward(
                 {reinterpret_cast<const float*>(z), rows, features, interleaved, normalize, tau,
                  threads},
-                reinterpret_cast<const float*>(lse), reinterpret_cast<const float*>(negative_share),
+                reinterpret_cast<const float*>(top), reinterpret_cast<const float*>(mass),
+                reinterpret_cast<const float*>(negative_share),
                 reinterpret_cast<const float*>(dloss), reinterpret_cast<float*>(dz));
         },
         release);

@@ -35,7 +35,8 @@ struct Problem {
     float* inv_norm;   // (rows,), with normalize
     char* projected;   // (rows,), with normalize: above the floor of the norm
     float* dloss;      // (padded rows,), backward: times the power of two in unscale
-    float* level;      // (padded rows,), backward: bounded: dloss 2^(shift - lse), else lse; base 2
+    float* top;        // (padded rows,), backward
+    float* rate;       // (padded rows,), backward: dloss / mass
 
     std::int64_t positive(std::int64_t i) const {
         return in.interleaved ? i ^ 1 : (i + in.rows / 2) % in.rows;
@@ -134,7 +135,7 @@ struct Workspace {
         const std::int64_t padded = padded_rows * p.padded_features;
         const std::int64_t packed = padded_rows * in.features;
         floats.resize(padded + packed + in.rows + threads * scratch_floats +
-                      (backward ? padded + 2 * padded_rows : 0));
+                      (backward ? padded + 3 * padded_rows : 0));
         projected.resize(in.rows);
         p.projected = projected.data();
         p.unit = floats.data();
@@ -143,7 +144,8 @@ struct Workspace {
         float* rest = p.inv_norm + in.rows + threads * scratch_floats;
         p.features = backward ? rest : nullptr;
         p.dloss = rest + padded;
-        p.level = p.dloss + padded_rows;
+        p.top = p.dloss + padded_rows;
+        p.rate = p.top + padded_rows;
 
         parallel_for((in.rows + 255) / 256, threads, [&](std::int64_t k, int) {
             for (std::int64_t i = 256 * k; i < std::min(256 * (k + 1), in.rows); ++i)
@@ -157,28 +159,29 @@ struct Workspace {
 
 }  // namespace
 
-void ntxent_forward(const NtxentInput& in, float* loss, float* lse, float* negative_share) {
+void ntxent_forward(const NtxentInput& in, float* loss, float* top, float* mass,
+                    float* negative_share) {
     Workspace work(in, false);
     parallel_for(work.blocks(), work.threads, [&](std::int64_t k, int thread) {
-        kernels.forward_rows(work.p, k * work.p.block_rows, work.scratch(thread), loss, lse,
+        kernels.forward_rows(work.p, k * work.p.block_rows, work.scratch(thread), loss, top, mass,
                              negative_share);
     });
 }
 
-double ntxent_backward(const NtxentInput& in, const float* lse, const float* negative_share,
-                       const float* dloss, float* dz) {
+double ntxent_backward(const NtxentInput& in, const float* top, const float* mass,
+                       const float* negative_share, const float* dloss, float* dz) {
     Workspace work(in, true);
     Problem& p = work.p;
-    // near 1, so that dloss 2^(shift - lse) neither overflows nor loses digits
+    // near 1, so that dloss / mass neither overflows nor loses digits
     float largest = 0.0f;
     for (std::int64_t i = 0; i < in.rows; ++i) largest = std::max(largest, std::fabs(dloss[i]));
     int exponent = 0;
     if (std::isfinite(largest)) std::frexp(largest, &exponent);
     p.unscale = float(std::ldexp(1.0 / in.tau, exponent));
     for (std::int64_t i = 0; i < in.rows; ++i) {
-        const double level = lse[i] / LN2;
         p.dloss[i] = float(std::ldexp(double(dloss[i]), -exponent));
-        p.level[i] = float(p.bounded ? p.dloss[i] * std::exp2(p.shift - level) : level);
+        p.top[i] = top[i];
+        p.rate[i] = p.dloss[i] / mass[i];
     }
     std::vector<float> along(in.rows);
     parallel_for(work.blocks(), work.threads, [&](std::int64_t k, int thread) {

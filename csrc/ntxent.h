@@ -15,12 +15,13 @@ struct NtxentInput {
     int threads;  // at most so many; the result does not depend on it
 };
 
-// loss: of each row. lse: natural log-sum-exp of a row over its rows - 1 candidates.
+// loss: of each row. top and mass: mass 2^top is the sum of exp(logit) over its rows - 1 candidates.
 // negative_share: what the negatives hold of that sum, 1 - p(positive). All (rows,).
-void ntxent_forward(const NtxentInput& in, float* loss, float* lse, float* negative_share);
+void ntxent_forward(const NtxentInput& in, float* loss, float* top, float* mass,
+                    float* negative_share);
 
 // dz (rows, features): gradient of sum_i dloss_i loss_i. Returns the gradient in tau.
-double ntxent_backward(const NtxentInput& in, const float* lse, const float* negative_share,
-                       const float* dloss, float* dz);
+double ntxent_backward(const NtxentInput& in, const float* top, const float* mass,
+                       const float* negative_share, const float* dloss, float* dz);
 
 }  // namespace simclr

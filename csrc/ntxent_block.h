@@ -95,7 +95,7 @@ SIMD_TARGET inline double positive_similarity(const Problem& p, std::int64_t i) 
 }
 
 SIMD_TARGET void forward_rows(const Problem& p, std::int64_t first_row, float* scratch, float* loss,
-                              float* lse, float* negative_share) {
+                              float* top_out, float* mass_out, float* negative_share) {
     const std::int64_t rows = std::min(p.block_rows, p.in.rows - first_row);
     float* logits = scratch;
     float top[MAX_BLOCK_ROWS];
@@ -120,28 +120,29 @@ SIMD_TARGET void forward_rows(const Problem& p, std::int64_t first_row, float* s
     }
     for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t i = first_row + r;
-        const double log_mass = top[r] * LN2 + std::log(mass[r]);
-        const double logit = positive_similarity(p, i) / p.in.tau;
-        const double d = log_mass - logit;
-        const double softplus = (d < 0 ? 0 : d) + std::log1p(std::exp(-std::fabs(d)));
-        loss[i] = float(softplus);
-        lse[i] = float(logit + softplus);
-        negative_share[i] = float(1 / (1 + std::exp(-d)));
+        const double logit = positive_similarity(p, i) / (p.in.tau * LN2);
+        const double excess = (top[r] - logit) * LN2 + std::log(mass[r]);
+        loss[i] = float((excess < 0 ? 0 : excess) + std::log1p(std::exp(-std::fabs(excess))));
+        negative_share[i] = float(1 / (1 + std::exp(-excess)));
+        const double level = p.bounded ? p.shift : std::max(double(top[r]), logit);
+        top_out[i] = float(level);
+        mass_out[i] =
+            float(mass[r] * std::exp2(top[r] - top_out[i]) + std::exp2(logit - top_out[i]));
     }
 }
 
-// Turns logits into the weights of their columns in the gradient, for rows sharing one upstream scale.
+// Turns the logits of row i into the weights of their columns in its gradient.
 SIMD_TARGET inline void logits_to_weights(const Problem& p, std::int64_t i, std::int64_t first_column,
                                           float* row) {
-    const float* dloss = p.dloss + first_column;
-    const float* level = p.level + first_column;
+    const float* top = p.top + first_column;
+    const float* rate = p.rate + first_column;
     for (int j = 0; j < BLOCK_COLUMNS; j += SIMD_FLOATS) {
         const Vec logit = load(row + j);
         if (p.bounded)
-            store(row + j, exp2(logit - p.shift) * (p.level[i] + load(level + j)));
+            store(row + j, exp2(logit - p.shift) * (p.rate[i] + load(rate + j)));
         else
-            store(row + j, exp2(logit - p.level[i]) * p.dloss[i] +
-                               exp2(logit - load(level + j)) * load(dloss + j));
+            store(row + j, exp2(logit - p.top[i]) * p.rate[i] +
+                               exp2(logit - load(top + j)) * load(rate + j));
     }
 }
 

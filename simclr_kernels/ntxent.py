@@ -4,15 +4,16 @@ With unit rows z^ = n z, n = rsqrt(max(|z|^2, 1e-12)), s_ij = z^_i . z^_j, p(i) 
 g_i the upstream gradient of row i, and sums over negatives (neither i nor p(i)) only:
 
     L_i    = sum_j exp(s_ij / tau)                 loss_i = softplus(log L_i - s_ip / tau)
-    lse_i  = log(L_i + exp(s_ip / tau))            q_i    = L_i exp(-lse_i) = 1 - p(positive)
-    w_ij   = exp(s_ij / tau) (g_i exp(-lse_i) + g_j exp(-lse_j))
+    T_i    = L_i + exp(s_ip / tau)                 q_i    = L_i / T_i = 1 - p(positive)
+    w_ij   = exp(s_ij / tau) (g_i / T_i + g_j / T_j)
     w_ip   = -(g_i q_i + g_p q_p)
     dz^_i  = (1/tau) sum_j w_ij z^_j               dz_i   = n_i (dz^_i - (dz^_i . z^_i) z^_i)
     dtau   = -(1 / (2 tau)) sum_i dz^_i . z^_i
 
 Keeping the positive out of the sum avoids p - 1, which in float32 loses every digit of the gradient
 once positives dominate. w is symmetric: one product per tile gives the complete gradient of a row.
-Forward keeps lse and q, two floats a row; tiles of s are made, used and dropped, twice.
+Forward keeps T, as mass 2^top, and q: three floats a row, which keep the digits that a logarithm of
+T would round away. Tiles of s are made, used and dropped, twice.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from simclr_kernels.reference import SQUARED_NORM_FLOOR, positive_index, unit_ro
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")
+
+LN2 = math.log(2.0)
 
 # elements of a tile of similarities where there is no kernel: 16 MiB in float32
 TILE_ELEMENTS = 1 << 22
@@ -67,14 +70,14 @@ def fused_nt_xent(
         tau. O(M D) memory; the same bits in every run on one machine, whatever the thread count.
 
     Raises:
-        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not a positive finite number or
-            not a scalar tensor on the device of z, pairs or reduction is unknown.
+        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite,
+            or no scalar tensor on the device of z, pairs or reduction is unknown.
         TypeError: z or tau is not of a supported dtype.
         RuntimeError: on the second derivative.
     """
     _check(z, pairs, reduction)
     tau = _tau_operand(tau, z)
-    loss, _, _ = torch.ops.simclr_kernels.ntxent(z, tau, pairs, normalize, _dot_precision(z))
+    loss, *_ = torch.ops.simclr_kernels.ntxent(z, tau, pairs, normalize, _dot_precision(z))
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
@@ -167,15 +170,14 @@ def _dot_precision(z: Tensor) -> str:
 
 # --- the operator ---------------------------------------------------------------------------------
 
-# a child of fork, or another module, must not define the operators again
 _library = torch.library.Library("simclr_kernels", "DEF")
 _library.define(
     "ntxent(Tensor z, Tensor tau, str pairs, bool normalize, str precision)"
-    " -> (Tensor loss, Tensor lse, Tensor negative_share)"
+    " -> (Tensor loss, Tensor top, Tensor mass, Tensor negative_share)"
 )
 _library.define(
-    "ntxent_backward(Tensor dloss, Tensor z, Tensor tau, Tensor lse, Tensor negative_share,"
-    " str pairs, bool normalize, str precision) -> (Tensor dz, Tensor dtau)"
+    "ntxent_backward(Tensor dloss, Tensor z, Tensor tau, Tensor top, Tensor mass,"
+    " Tensor negative_share, str pairs, bool normalize, str precision) -> (Tensor dz, Tensor dtau)"
 )
 
 
@@ -189,7 +191,7 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
         return _forward_tiles(z, tau, pairs, normalize, precision)
     rows, features = z.shape
     z = z.detach().contiguous().float()
-    loss, lse, negative_share = (torch.empty(rows) for _ in range(3))
+    loss, top, mass, negative_share = (torch.empty(rows) for _ in range(4))
     _C.ntxent_forward(
         z.data_ptr(),
         rows,
@@ -199,15 +201,17 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
         tau.item(),
         torch.get_num_threads(),
         loss.data_ptr(),
-        lse.data_ptr(),
+        top.data_ptr(),
+        mass.data_ptr(),
         negative_share.data_ptr(),
     )
-    return loss, lse, negative_share
+    return loss, top, mass, negative_share
 
 
-def _backward_cpu(dloss, z, tau, lse, negative_share, pairs, normalize, precision):
+def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
     if z.dtype == torch.float64:
-        return _backward_tiles(dloss, z, tau, lse, negative_share, pairs, normalize, precision)
+        kept = (top, mass, negative_share)
+        return _backward_tiles(dloss, z, tau, *kept, pairs, normalize, precision)
     rows, features = z.shape
     rows_of_z = z.detach().contiguous().float()
     dloss = dloss.contiguous()
@@ -220,7 +224,8 @@ def _backward_cpu(dloss, z, tau, lse, negative_share, pairs, normalize, precisio
         normalize,
         tau.item(),
         torch.get_num_threads(),
-        lse.data_ptr(),
+        top.data_ptr(),
+        mass.data_ptr(),
         negative_share.data_ptr(),
         dloss.data_ptr(),
         dz.data_ptr(),
@@ -228,20 +233,20 @@ def _backward_cpu(dloss, z, tau, lse, negative_share, pairs, normalize, precisio
     return dz.to(z.dtype), tau.new_tensor(dtau)
 
 
-def _forward_cuda(z, tau, pairs, normalize, precision):
+def _forward_cuda(z, *rest):
     if z.dtype == torch.float64:
-        return _forward_tiles(z, tau, pairs, normalize, precision)
+        return _forward_tiles(z, *rest)
     from simclr_kernels import ntxent_triton
 
-    return ntxent_triton.forward(z, tau, pairs, normalize, precision)
+    return ntxent_triton.forward(z, *rest)
 
 
-def _backward_cuda(dloss, z, tau, lse, negative_share, pairs, normalize, precision):
+def _backward_cuda(dloss, z, *rest):
     if z.dtype == torch.float64:
-        return _backward_tiles(dloss, z, tau, lse, negative_share, pairs, normalize, precision)
+        return _backward_tiles(dloss, z, *rest)
     from simclr_kernels import ntxent_triton
 
-    return ntxent_triton.backward(dloss, z, tau, lse, negative_share, pairs, normalize, precision)
+    return ntxent_triton.backward(dloss, z, *rest)
 
 
 def _tiles(z, tau, pairs, normalize):
@@ -272,13 +277,14 @@ def _forward_tiles(z, tau, pairs, normalize, precision):
         pos = (unit * unit[positive]).sum(1) / tau
         excess = torch.cat([logits.logsumexp(1) for _, logits in tiles]) - pos
         loss = torch.logaddexp(excess, torch.zeros_like(excess))
-        return loss, pos + loss, excess.sigmoid()
+        return loss, (pos + loss) / LN2, torch.ones_like(loss), excess.sigmoid()
 
 
-def _backward_tiles(dloss, z, tau, lse, negative_share, pairs, normalize, precision):
+def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
     tau_on_device = tau.to(z.device)
     with torch.autocast(z.device.type, enabled=False):
         unit, positive, tiles = _tiles(z, tau_on_device, pairs, normalize)
+        lse = top * LN2 + mass.log()
         shared = dloss * negative_share
         sum_w = -(shared + shared[positive])[:, None] * unit[positive]
         for block, logits in tiles:
@@ -306,23 +312,23 @@ for _key, _forward, _backward in (
 
 @torch.library.register_fake("simclr_kernels::ntxent", lib=_library)
 def _fake_forward(z, tau, pairs, normalize, precision):
-    return tuple(z.new_empty(z.shape[0], dtype=_row_dtype(z)) for _ in range(3))
+    return tuple(z.new_empty(z.shape[0], dtype=_row_dtype(z)) for _ in range(4))
 
 
 @torch.library.register_fake("simclr_kernels::ntxent_backward", lib=_library)
-def _fake_backward(dloss, z, tau, lse, negative_share, pairs, normalize, precision):
+def _fake_backward(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
     return z.new_empty(z.shape), tau.new_empty(())
 
 
 def _setup_context(ctx, inputs, output):
     z, tau, ctx.pairs, ctx.normalize, ctx.precision = inputs
-    _, lse, negative_share = output
-    ctx.mark_non_differentiable(lse, negative_share)
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, tau, lse, negative_share)
+    ctx.save_for_backward(z, tau, *kept)
 
 
-def _differentiate(ctx, dloss, dlse, dnegative_share):
+def _differentiate(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 5
     dz, dtau = torch.ops.simclr_kernels.ntxent_backward(

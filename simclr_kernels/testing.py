@@ -1,0 +1,80 @@
+"""The tolerance and the cases that tests and benchmarks of the loss share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate_as(
+    actual: Tensor, same_dtype: Tensor, truth: Tensor, slack: float = 2.0
+) -> None:
+    """Asserts that actual is about as near to the truth as torch's own answer in the same dtype.
+
+    Errors are Euclidean norms over the whole tensor. Allowed is slack times the larger of torch's
+    error and one rounding (the dtype's eps) of the norm of the truth.
+
+    Args:
+        actual: any shape and dtype, without NaN: NaN fails, whatever the truth.
+        same_dtype: the reference, evaluated by torch in the dtype of actual.
+        truth: the reference in float64.
+        slack: how many times torch's own error is allowed.
+    """
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
+    truth = truth.detach().double().cpu()
+    error, own_error = ((x.detach().double().cpu() - truth).norm() for x in (actual, same_dtype))
+    allowed = slack * max(own_error.item(), torch.finfo(actual.dtype).eps * truth.norm().item())
+    assert error.item() <= allowed, (
+        f"error {error:.3g} is more than {slack:g} times torch's own, {own_error:.3g}, "
+        f"at a norm of {truth.norm():.3g}"
+    )
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """Rows for the loss, and the regime they stand for."""
+
+    regime: str
+    rows: int
+    features: int
+    tau: float
+    kind: str = "random"
+
+    def z(self, seed: int = 0) -> Tensor:
+        """(rows, features) float32 of this kind, view-major; rows are not normalised."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, self.features, generator=generator)
+
+        images = self.rows // 2
+        if self.kind == "random":
+            return 3 * normal(self.rows)
+        if self.kind == "pairs":
+            image = normal(images)
+            return torch.cat((image, image + 0.5 * normal(images)))
+        if self.kind == "tight":
+            image = normal(images)
+            return torch.cat((image, image + 1e-3 * normal(images)))
+        if self.kind == "duplicates":
+            return normal(max(images // 4, 1)).repeat(9, 1)[: self.rows]
+        if self.kind == "collapsed":
+            return normal(1).repeat(self.rows, 1) * (1 + torch.arange(self.rows)[:, None] % 3)
+        raise ValueError(f"kind must be one of the five above, got {self.kind!r}")
+
+
+# the smallest shapes at which each path through the tiles is taken
+LOSS_CASES = (
+    LossCase("one image, no negatives", 2, 16, 0.5),
+    LossCase("one feature", 6, 1, 0.5),
+    LossCase("less than any tile, and an odd width", 34, 33, 0.1),
+    LossCase("whole tiles", 128, 128, 0.5),
+    LossCase("one image more than whole tiles", 130, 128, 0.05, "pairs"),
+    LossCase("many chunks of features", 66, 1024, 0.1, "pairs"),
+    LossCase("close pairs, where p - 1 would cancel", 130, 33, 0.1, "tight"),
+    LossCase("the same image more than once", 130, 33, 0.1, "duplicates"),
+    LossCase("the smallest temperature with a constant maximum", 66, 33, 0.0128),
+    LossCase("a running maximum", 66, 33, 0.005),
+)
