@@ -1,4 +1,5 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ntxent.h"
 
@@ -9,6 +10,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels of simclr_kernels. Addresses in: the callers in Python check them.";
     const auto release = py::call_guard<py::gil_scoped_release>();
 
+    m.def("ntxent_instruction_sets", &simclr::ntxent_instruction_sets);
+    m.def("ntxent_use", &simclr::ntxent_use);
     m.def(
         "ntxent_forward",
         [](Address z, std::int64_t rows, std::int64_t features, bool interleaved, bool normalize,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 namespace simclr {
@@ -80,22 +81,30 @@ namespace baseline {
 }  // namespace baseline
 
 struct Kernels {
+    const char* name;
+    bool runs_here;
     decltype(&baseline::pack_row) pack_row;
     decltype(&baseline::forward_rows) forward_rows;
     decltype(&baseline::backward_rows) backward_rows;
 };
 
-Kernels pick_kernels() {
+const Kernels all_kernels[] = {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f"))
-        return {avx512::pack_row, avx512::forward_rows, avx512::backward_rows};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {avx2::pack_row, avx2::forward_rows, avx2::backward_rows};
+    {"avx512", bool(__builtin_cpu_supports("avx512f")), avx512::pack_row, avx512::forward_rows,
+     avx512::backward_rows},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::pack_row,
+     avx2::forward_rows, avx2::backward_rows},
 #endif
-    return {baseline::pack_row, baseline::forward_rows, baseline::backward_rows};
+    {"baseline", true, baseline::pack_row, baseline::forward_rows, baseline::backward_rows},
+};
+
+const Kernels* first_that_runs() {
+    for (const Kernels& candidate : all_kernels)
+        if (candidate.runs_here) return &candidate;
+    return nullptr;
 }
 
-const Kernels kernels = pick_kernels();
+const Kernels* kernels = first_that_runs();
 const pid_t loaded_by = getpid();
 
 // body(index, thread) for every index; who runs what is open, so bodies own what they write.
@@ -149,7 +158,7 @@ struct Workspace {
 
         parallel_for((in.rows + 255) / 256, threads, [&](std::int64_t k, int) {
             for (std::int64_t i = 256 * k; i < std::min(256 * (k + 1), in.rows); ++i)
-                kernels.pack_row(p, i);
+                kernels->pack_row(p, i);
         });
     }
 
@@ -159,11 +168,27 @@ struct Workspace {
 
 }  // namespace
 
+std::vector<std::string> ntxent_instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels& candidate : all_kernels)
+        if (candidate.runs_here) names.push_back(candidate.name);
+    return names;
+}
+
+void ntxent_use(const std::string& name) {
+    for (const Kernels& candidate : all_kernels)
+        if (candidate.runs_here && name == candidate.name) {
+            kernels = &candidate;
+            return;
+        }
+    throw std::invalid_argument("instruction set must be one that runs here, got '" + name + "'");
+}
+
 void ntxent_forward(const NtxentInput& in, float* loss, float* top, float* mass,
                     float* negative_share) {
     Workspace work(in, false);
     parallel_for(work.blocks(), work.threads, [&](std::int64_t k, int thread) {
-        kernels.forward_rows(work.p, k * work.p.block_rows, work.scratch(thread), loss, top, mass,
+        kernels->forward_rows(work.p, k * work.p.block_rows, work.scratch(thread), loss, top, mass,
                              negative_share);
     });
 }
@@ -185,7 +210,7 @@ double ntxent_backward(const NtxentInput& in, const float* top, const float* mas
     }
     std::vector<float> along(in.rows);
     parallel_for(work.blocks(), work.threads, [&](std::int64_t k, int thread) {
-        kernels.backward_rows(p, k * p.block_rows, work.scratch(thread), negative_share, dz,
+        kernels->backward_rows(p, k * p.block_rows, work.scratch(thread), negative_share, dz,
                               along.data());
     });
     double total = 0.0;

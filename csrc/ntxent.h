@@ -1,6 +1,8 @@
 // NT-Xent on a CPU: see fused_nt_xent in simclr_kernels/ntxent.py for the mathematics.
 #pragma once
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace simclr {
 
@@ -23,5 +25,11 @@ void ntxent_forward(const NtxentInput& in, float* loss, float* top, float* mass,
 // dz (rows, features): gradient of sum_i dloss_i loss_i. Returns the gradient in tau.
 double ntxent_backward(const NtxentInput& in, const float* top, const float* mass,
                        const float* negative_share, const float* dloss, float* dz);
+
+// The instruction sets compiled in that this processor runs, best first; the first is in use.
+std::vector<std::string> ntxent_instruction_sets();
+
+// Takes another of them, for all later calls: for tests. Not while a call runs.
+void ntxent_use(const std::string& name);
 
 }  // namespace simclr

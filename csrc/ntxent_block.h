@@ -81,11 +81,12 @@ SIMD_TARGET inline void block_logits(const Problem& p, std::int64_t first_row, s
     }
 }
 
-// s_ip. Between unit rows through their difference, which keeps the digits of a close pair.
+// s_ip. Between close unit rows through their difference, which keeps its digits.
 SIMD_TARGET inline double positive_similarity(const Problem& p, std::int64_t i) {
     const std::int64_t partner = p.positive(i), n = p.padded_features;
     const float *own = p.row(i), *other = p.row(partner);
-    if (!p.in.normalize || !p.projected[i] || !p.projected[partner]) return dot(own, other, n);
+    const float s = dot(own, other, n);
+    if (!p.in.normalize || !p.projected[i] || !p.projected[partner] || !(s > 0.5f)) return s;
     Vec total = {};
     for (std::int64_t d = 0; d < n; d += SIMD_FLOATS) {
         const Vec gap = load(own + d) - load(other + d);

@@ -115,7 +115,7 @@ class NTXentLoss(nn.Module):
         return fused_nt_xent(torch.cat((z0, z1)), self.temperature)
 
     def extra_repr(self) -> str:
-        return f"temperature={float(self.temperature):g}"
+        return f"temperature={torch.as_tensor(self.temperature).item():g}"
 
 
 # --- checks ---------------------------------------------------------------------------------------

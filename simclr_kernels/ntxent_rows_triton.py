@@ -66,10 +66,11 @@ def _unit_rows_kernel(
     own, _, own_projected = _unit_row(z_ptr, offs_m, mask, D, offs_d, NORMALIZE)
     other, _, other_projected = _unit_row(z_ptr, positive, mask, D, offs_d, NORMALIZE)
 
-    # between unit rows through their difference, which keeps the digits of a close pair
+    # between close unit rows through their difference, which keeps its digits
+    s = tl.sum(own * other, 1)
     gap = own - other
-    through_gap = 1.0 - 0.5 * tl.sum(gap * gap, 1)
-    s = tl.where(own_projected * other_projected > 0, through_gap, tl.sum(own * other, 1))
+    close = (own_projected * other_projected > 0) & (s > 0.5)
+    s = tl.where(close, 1.0 - 0.5 * tl.sum(gap * gap, 1), s)
     tl.store(pos_ptr + offs_m, s * inverse_tau(tau_ptr), mask=mask_m)
     offs = offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
     tl.store(z_hat_ptr + offs, own.to(z_hat_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,418 @@
+"""fused_nt_xent on a CPU: the C++ kernels, the row blocks for float64, and the public contract."""
+
+import functools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_reference_loss import assert_equals_golden, golden_case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simclr_kernels import _C, ntxent
+from simclr_kernels.ntxent import NTXentLoss, fused_nt_xent
+from simclr_kernels.reference import nt_xent, positive_index, unit_rows
+from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
+
+CPU_INSTRUCTION_SETS = _C.ntxent_instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_holds_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def instruction_set(request):
+    _C.ntxent_use(request.param)
+    yield request.param
+    _C.ntxent_use(CPU_INSTRUCTION_SETS[0])
+
+
+def loss_and_gradients(function, z, tau, **kwargs):
+    """The loss, and its gradients in z and in tau."""
+    z = z.detach().clone().requires_grad_()
+    tau_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    tau = torch.tensor(tau, dtype=tau_dtype, requires_grad=True)
+    loss = function(z, tau, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(loss.shape, generator=generator).to(loss)
+    loss.backward(upstream)
+    return loss.detach(), z.grad, tau.grad
+
+
+def gradient_scale(z, tau):
+    """Norm of the gradient of the mean; of the sizes of its terms where they cancel."""
+    z = z.double().requires_grad_()
+    nt_xent(z, tau).backward()
+    unit = unit_rows(z.detach())
+    rows = torch.arange(len(z))
+    logits = unit @ unit.T / tau
+    logits[rows, rows] = -math.inf
+    p = logits.softmax(1)
+    p[rows, positive_index(len(z))] -= 1
+    terms = (p + p.T).abs().sum(1) / (tau * len(z) * z.detach().norm(dim=1))
+    exact = z.grad.norm()
+    return exact if exact > 1e-5 * terms.norm() else terms.norm()
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instruction_set", CPU_INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.regime)
+def test_loss_and_gradients_are_as_accurate_as_those_of_the_reference(case, instruction_set):
+    z = case.z()
+    ours = loss_and_gradients(fused_nt_xent, z, case.tau, reduction="none")
+    same_dtype = loss_and_gradients(nt_xent, z, case.tau, reduction="none")
+    truth = loss_and_gradients(nt_xent, z.double(), case.tau, reduction="none")
+    assert_as_accurate_as(ours[0], same_dtype[0], truth[0])
+    if case.features > 1:
+        assert_as_accurate_as(ours[1], same_dtype[1], truth[1])
+    # a sum that cancels: held against the size of what it sums
+    allowed = 1e-6 * (truth[0].norm() + 1) / case.tau
+    assert (ours[2] - truth[2]).abs() <= allowed
+
+
+@pytest.mark.parametrize("kind", ["random", "pairs", "duplicates", "collapsed"])
+@pytest.mark.parametrize("tau", [1.0, 0.5, 0.1, 0.05, 0.02, 0.0125, 0.005])
+def test_gradient_keeps_its_digits_at_every_temperature(kind, tau):
+    bound = 2e-5 if tau > 0.01 else 1e-4
+    z = LossCase("", 130, 33, tau, kind).z()
+    truth = loss_and_gradients(nt_xent, z.double(), tau, reduction="sum")[1]
+    error = loss_and_gradients(fused_nt_xent, z, tau, reduction="sum")[1] - truth
+    upstream = torch.randn((), generator=torch.Generator().manual_seed(1)).abs()
+    assert error.norm() <= bound * upstream * len(z) * gradient_scale(z, tau)
+
+
+@pytest.mark.parametrize("k", range(22))
+def test_equals_the_original_code(k):
+    case = golden_case(k)
+    z = case["z"].requires_grad_()
+    loss = fused_nt_xent(z, case["tau"], normalize=case["normalize"])
+    loss.backward()
+    assert_equals_golden(loss, z.grad, case)
+
+
+@pytest.mark.parametrize("rows", [2, 6, 34, 130, 2050, 4226])
+def test_every_number_of_rows_works(rows):
+    z = LossCase("", rows, 16, 0.1, "pairs").z()
+    ours = loss_and_gradients(fused_nt_xent, z, 0.1, reduction="none")
+    same_dtype = loss_and_gradients(nt_xent, z, 0.1, reduction="none")
+    truth = loss_and_gradients(nt_xent, z.double(), 0.1, reduction="none")
+    assert_as_accurate_as(ours[0], same_dtype[0], truth[0])
+    assert_as_accurate_as(ours[1], same_dtype[1], truth[1])
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.05])
+def test_plain_dot_products_are_as_accurate_as_those_of_the_reference(tau):
+    z = LossCase("", 130, 33, tau, "random").z() / 5
+    ours = loss_and_gradients(fused_nt_xent, z, tau, normalize=False, reduction="none")
+    same_dtype = loss_and_gradients(nt_xent, z, tau, normalize=False, reduction="none")
+    truth = loss_and_gradients(nt_xent, z.double(), tau, normalize=False, reduction="none")
+    for actual, own, exact in zip(ours, same_dtype, truth, strict=True):
+        assert_as_accurate_as(actual, own, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_rows_give_a_float32_loss_and_a_gradient_in_their_dtype(dtype):
+    z = LossCase("", 66, 33, 0.1, "pairs").z().to(dtype)
+    ours = loss_and_gradients(fused_nt_xent, z, 0.1)
+    truth = loss_and_gradients(nt_xent, z.double(), 0.1)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
+    assert abs(ours[0] - truth[0]) <= 1e-6 * truth[0].abs()
+    # one rounding of each element
+    rounding = torch.finfo(dtype).eps / 2 * truth[1].abs() + torch.finfo(dtype).smallest_normal
+    assert ((ours[1] - truth[1]).abs() <= 1.01 * rounding + 1e-6 * truth[1].norm()).all()
+
+
+@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_float64_goes_through_row_blocks_to_float64_rounding(pairs, normalize, monkeypatch):
+    monkeypatch.setattr(ntxent, "TILE_ELEMENTS", 100)
+    z = LossCase("", 34, 16, 0.3).z().double() / 5
+    kwargs = {"pairs": pairs, "normalize": normalize, "reduction": "none"}
+    ours = loss_and_gradients(fused_nt_xent, z, 0.3, **kwargs)
+    truth = loss_and_gradients(nt_xent, z, 0.3, **kwargs)
+    for actual, exact in zip(ours, truth, strict=True):
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck_in_z_and_tau():
+    z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    rows = functools.partial(fused_nt_xent, reduction="none")
+    assert torch.autograd.gradcheck(rows, (z, tau))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e8, 1e30])
+def test_upstream_gradient_of_any_size_keeps_its_digits(size):
+    z = LossCase("", 34, 33, 0.1).z()
+    gradients = []
+    for factor in (1.0, size):
+        leaf = z.clone().requires_grad_()
+        fused_nt_xent(leaf, 0.1).backward(torch.tensor(factor))
+        gradients.append(leaf.grad.double() / factor)
+    assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
+
+
+# --- properties -----------------------------------------------------------------------------------
+
+
+def test_identical_rows_lose_the_log_of_the_number_of_candidates():
+    loss = fused_nt_xent(torch.ones(130, 33), 0.2)
+    assert loss.item() == pytest.approx(math.log(129), rel=1e-6)
+
+
+def test_gradient_is_orthogonal_to_z():
+    z = LossCase("", 130, 33, 0.1, "pairs").z()
+    dz = loss_and_gradients(fused_nt_xent, z, 0.1)[1]
+    inner = (dz.double() * z).sum(1).abs()
+    assert (inner <= 1e-6 * dz.norm(dim=1) * z.norm(dim=1)).all()
+
+
+def test_scaling_a_row_by_a_power_of_two_changes_nothing():
+    z = LossCase("", 34, 33, 0.1).z()
+    scaled = z.clone()
+    scaled[3] *= 1024
+    assert torch.equal(*(fused_nt_xent(x, 0.1, reduction="none") for x in (z, scaled)))
+
+
+def test_swapping_views_and_permuting_images_permutes_the_rows_of_the_loss():
+    z = LossCase("", 34, 33, 0.1, "pairs").z().double()
+    rows = fused_nt_xent(z, 0.1, reduction="none")
+    swapped = torch.cat((z[17:], z[:17]))
+    order = torch.randperm(17)
+    order = torch.cat((order, order + 17))
+    torch.testing.assert_close(fused_nt_xent(swapped, 0.1, reduction="none"), rows.roll(17))
+    torch.testing.assert_close(fused_nt_xent(z[order], 0.1, reduction="none"), rows[order])
+
+
+def test_interleaved_rows_are_permuted_halves():
+    z = LossCase("", 130, 33, 0.1, "pairs").z()
+    interleaved = torch.stack((z[:65], z[65:]), 1).reshape(130, 33)
+    halves = loss_and_gradients(fused_nt_xent, z, 0.1)
+    ours = loss_and_gradients(fused_nt_xent, interleaved, 0.1, pairs="interleaved")
+    truth = loss_and_gradients(nt_xent, interleaved.double(), 0.1, pairs="interleaved")
+    torch.testing.assert_close(ours[0], halves[0], rtol=1e-6, atol=0)
+    assert (ours[1] - truth[1]).norm() <= 1e-6 * truth[1].norm()
+
+
+def test_one_image_has_no_loss_and_no_gradient():
+    for dtype in (torch.float32, torch.float64):
+        loss, dz, dtau = loss_and_gradients(fused_nt_xent, torch.randn(2, 5, dtype=dtype), 0.005)
+        assert loss == 0 and (dz == 0).all() and dtau == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_and_tiny_rows_have_the_gradient_of_the_reference(dtype):
+    z = LossCase("", 34, 16, 0.1).z().to(dtype)
+    z[3] = 0
+    z[5] *= 1e-8
+    z[20] *= 1e-8
+    dz = loss_and_gradients(fused_nt_xent, z, 0.1)[1]
+    truth = loss_and_gradients(nt_xent, z.double(), 0.1)[1]
+    assert torch.isfinite(dz).all()
+    assert ((dz - truth).norm(dim=1) <= 2e-6 * truth.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_in_gives_nan_out(tau, dtype, normalize):
+    z = LossCase("", 34, 16, tau).z().to(dtype)
+    z[4, 2] = math.nan
+    rows, dz, dtau = loss_and_gradients(
+        fused_nt_xent, z, tau, normalize=normalize, reduction="none"
+    )
+    assert rows.isnan().all() and dz.isnan().all() and dtau.isnan()
+    assert fused_nt_xent(torch.full((2, 3), math.nan, dtype=dtype), tau).isnan()
+
+
+@pytest.mark.parametrize("rows", [34, 4226])
+def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(rows):
+    z = LossCase("", rows, 33, 0.1, "pairs").z()
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3, 3):
+        torch.set_num_threads(count)
+        results.append(loss_and_gradients(fused_nt_xent, z, 0.1, reduction="none"))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+# --- memory and processes -------------------------------------------------------------------------
+
+
+def run(program):
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_16384_rows_take_less_than_64_mib_of_memory():
+    # the matrix alone would be 1024 MiB
+    extra_kib = run("""
+import torch
+from simclr_kernels.ntxent import fused_nt_xent
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+torch.set_num_threads(2)
+fused_nt_xent(torch.randn(64, 128, requires_grad=True), 0.1).backward()
+z = torch.randn(16384, 128, requires_grad=True)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+fused_nt_xent(z, 0.1).backward()
+print(status("VmHWM") - before)
+""")
+    assert int(extra_kib) < 64 * 1024
+
+
+def test_row_blocks_hold_no_tensor_larger_than_a_tile():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.elements = max(self.elements, x.numel())
+            return out
+
+    rows = 4096
+    z = torch.randn(rows, 2, dtype=torch.float64)
+    tau = torch.tensor(0.5)
+    with Largest() as largest:
+        loss, *kept = ntxent._forward_tiles(z, tau, "halves", True, "ieee")
+        ntxent._backward_tiles(loss, z, tau, *kept, "halves", True, "ieee")
+    assert largest.elements <= ntxent.TILE_ELEMENTS < rows * rows
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_child_forked_after_threads_were_used_does_not_hang():
+    run("""
+import os
+import signal
+import torch
+from simclr_kernels.ntxent import fused_nt_xent
+
+torch.set_num_threads(2)
+z = torch.randn(512, 32)
+expected = fused_nt_xent(z, 0.1)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if torch.equal(fused_nt_xent(z, 0.1), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+
+def test_opcheck_accepts_both_operators():
+    z = torch.randn(34, 16, requires_grad=True)
+    tau = torch.tensor(0.3, requires_grad=True)
+    flags = ("halves", True, "ieee")
+    torch.library.opcheck(torch.ops.simclr_kernels.ntxent.default, (z, tau, *flags))
+    loss, *kept = torch.ops.simclr_kernels.ntxent(z.detach(), tau.detach(), *flags)
+    operands = (loss, z.detach(), tau.detach(), *kept, *flags)
+    torch.library.opcheck(torch.ops.simclr_kernels.ntxent_backward.default, operands)
+
+
+def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
+    loss = NTXentLoss(0.2, learnable=True)
+    learnable = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    plain = torch.compile(fused_nt_xent, fullgraph=True, dynamic=True, backend="aot_eager")
+    for images, tau in ((4, 0.1), (9, 0.1), (17, 0.3)):
+        z = torch.randn(2 * images, 16, requires_grad=True)
+        gradients = [torch.autograd.grad(f(z, tau), z)[0] for f in (plain, fused_nt_xent)]
+        assert torch.equal(*gradients)
+        assert torch.equal(learnable(*z.chunk(2)), loss(*z.chunk(2)))
+
+
+def test_autocast_does_not_change_a_bit():
+    z = torch.randn(34, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = [fused_nt_xent(x, 0.1) for x in (z, z.double())]
+    assert all(map(torch.equal, inside, [fused_nt_xent(x, 0.1) for x in (z, z.double())]))
+
+
+def test_rows_that_are_not_contiguous_are_read_right():
+    wide = torch.randn(34, 64)
+    assert torch.equal(fused_nt_xent(wide[:, ::2], 0.1), fused_nt_xent(wide[:, ::2].clone(), 0.1))
+
+
+def test_second_derivative_raises():
+    z = torch.randn(6, 4, requires_grad=True)
+    (dz,) = torch.autograd.grad(fused_nt_xent(z, 0.5), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_nt_xent has no second derivative"):
+        dz.sum().backward()
+
+
+def test_module_equals_the_function_and_learns_its_temperature():
+    z0, z1 = torch.randn(2, 8, 16)
+    fixed = NTXentLoss(0.2)
+    assert torch.equal(fixed(z0, z1), fused_nt_xent(torch.cat((z0, z1)), 0.2))
+    assert not list(fixed.parameters()) and NTXentLoss().temperature == 0.5
+    learnable = NTXentLoss(0.2, learnable=True)
+    learnable(z0, z1).backward()
+    z = torch.cat((z0, z1)).double()
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    nt_xent(z, tau).backward()
+    # d/d log tau = tau d/d tau
+    assert learnable.log_temperature.grad.item() == pytest.approx(0.2 * tau.grad.item(), rel=1e-5)
+    assert repr(learnable) == "NTXentLoss(temperature=0.2)"
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+Z = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "z", "tau", "kwargs"),
+    [
+        (ValueError, r"z must be 2-D \(rows, features\), got shape \(4,\)", Z[:, 0], 0.1, {}),
+        (ValueError, "z must have an even number of rows .*, got 3", Z[:3], 0.1, {}),
+        (ValueError, "z must have at least 2 rows .*, got 0", Z[:0], 0.1, {}),
+        (ValueError, "z must have at least 1 feature, got 0", Z[:, :0], 0.1, {}),
+        (TypeError, "z must be float32, .*, got torch.int64", Z.long(), 0.1, {}),
+        (ValueError, "tau must be a positive finite number, got 0", Z, 0, {}),
+        (ValueError, "tau must be a positive finite number, got -0.5", Z, -0.5, {}),
+        (ValueError, "tau must be a positive finite number, got nan", Z, math.nan, {}),
+        (ValueError, "tau must be a positive finite number, got inf", Z, math.inf, {}),
+        (ValueError, "tau must be a positive finite number, got -2", Z, torch.tensor(-2.0), {}),
+        (ValueError, r"tau must be a scalar tensor, got shape \(4, 3\)", Z, Z, {}),
+        (TypeError, "tau must be a floating-point tensor .* torch.int64", Z, torch.tensor(1), {}),
+        (ValueError, "on the device of z, cpu, got meta", Z, torch.ones((), device="meta"), {}),
+        (ValueError, "pairs must be 'halves' or .*, got 'rows'", Z, 0.1, {"pairs": "rows"}),
+        (ValueError, "reduction must be .*, got 'max'", Z, 0.1, {"reduction": "max"}),
+    ],
+)
+def test_errors_state_the_rule_and_the_value(error, message, z, tau, kwargs):
+    with pytest.raises(error, match=message):
+        fused_nt_xent(z, tau, **kwargs)
+
+
+def test_module_refuses_a_bad_temperature_and_views_of_different_shape():
+    with pytest.raises(ValueError, match="tau must be a positive finite number, got 0"):
+        NTXentLoss(0)
+    with pytest.raises(ValueError, match=r"same shape .* got \(4, 3\) and \(2, 3\)"):
+        NTXentLoss()(Z, Z[:2])
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="instruction set must be one that runs here, got 'mmx'"):
+        _C.ntxent_use("mmx")
