@@ -72,7 +72,7 @@ LOSS_CASES = (
     LossCase("less than any tile, and an odd width", 34, 33, 0.1),
     LossCase("whole tiles", 128, 128, 0.5),
     LossCase("one image more than whole tiles", 130, 128, 0.05, "pairs"),
-    LossCase("many chunks of features", 66, 1024, 0.1, "pairs"),
+    LossCase("many chunks of features", 34, 1024, 0.1, "pairs"),
     LossCase("close pairs, where p - 1 would cancel", 130, 33, 0.1, "tight"),
     LossCase("the same image more than once", 130, 33, 0.1, "duplicates"),
     LossCase("the smallest temperature with a constant maximum", 66, 33, 0.0128),

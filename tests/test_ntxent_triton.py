@@ -1,4 +1,4 @@
-"""The GPU kernels of the loss: run by Triton's interpreter, compiled for real targets, or on a GPU."""
+"""The GPU kernels of the loss: in Triton's interpreter, compiled for real targets, or on a GPU."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_as_accurate_as_those_of_the_reference(case):
         assert_as_accurate_as(dz, same_dtype[1], truth[1], slack)
     if DEVICE == "cpu":
         # a sum that cancels: held against the size of what it sums
-        assert (dtau - truth[2]).abs() <= 1e-6 * (truth[0].norm() + 1) / case.tau
+        assert (dtau - truth[2]).abs() <= 3e-6 * (truth[0].norm() + 1) / case.tau
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_other_pairings_and_plain_dot_products(pairs, normalize, tau):
     kwargs = {"pairs": pairs, "normalize": normalize}
     same_dtype = by_reference(z, tau, **kwargs)
     truth = by_reference(z.double(), tau, **kwargs)
-    for actual, own, exact in zip(
-        by_kernels(z, tau, **kwargs)[:2], same_dtype, truth, strict=False
-    ):
-        assert_as_accurate_as(actual, own, exact, 4.0 if DEVICE == "cuda" else 2.0)
+    loss, dz, _ = by_kernels(z, tau, **kwargs)
+    slack = 4.0 if DEVICE == "cuda" else 2.0
+    assert_as_accurate_as(loss, same_dtype[0], truth[0], slack)
+    assert_as_accurate_as(dz, same_dtype[1], truth[1], slack)
 
 
 @pytest.mark.parametrize(
