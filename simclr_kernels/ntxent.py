@@ -50,9 +50,10 @@ def fused_nt_xent(
     logsumexp(s[i, k != i]) - s[i, positive(i)]. The mean over all M = 2N rows is the paper's scale,
     half that of the authors' TensorFlow code.
 
-    float32 products follow torch.get_float32_matmul_precision() on a GPU ("highest" is IEEE, "high"
-    and "medium" are TF32) and are IEEE elsewhere. 16-bit rows are multiplied in their own type on a
-    GPU and in float32 on a CPU; sums are float32 or better.
+    float32 products follow torch.get_float32_matmul_precision() on an NVIDIA GPU ("highest" is
+    IEEE, "high" and "medium" are TF32; torch.compile takes what is set when it compiles) and are
+    IEEE elsewhere. 16-bit rows are multiplied in their own type on a GPU, in float32 on a CPU; sums
+    are float32 or better.
 
     Args:
         z: (M, D) float32, float16, bfloat16 or float64, not normalised; any device.
@@ -159,12 +160,18 @@ def _tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
 
 
 def _dot_precision(z: Tensor) -> str:
-    """How a GPU multiplies float32: Triton's name for what torch is set to."""
-    if z.dtype != torch.float32 or z.device.type != "cuda":
+    """How a GPU multiplies the rows: Triton's name for what torch is set to."""
+    # not every AMD GPU has TF32
+    if z.dtype != torch.float32 or z.device.type != "cuda" or torch.version.hip:
         return "ieee"
+    return _float32_precision()
+
+
+@torch.compiler.assume_constant_result
+def _float32_precision() -> str:
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    except RuntimeError:  # raised once the newer fp32_precision settings were used
+    except RuntimeError:  # once the newer fp32_precision settings were used
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -233,20 +240,30 @@ def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, pr
     return dz.to(z.dtype), tau.new_tensor(dtau)
 
 
+def _triton_kernels():
+    try:
+        from simclr_kernels import ntxent_triton
+    except ImportError as error:
+        raise ImportError(
+            "the loss on a GPU needs triton, which comes with torch for CUDA and ROCm: "
+            "pip install triton"
+        ) from error
+    return ntxent_triton
+
+
 def _forward_cuda(z, *rest):
     if z.dtype == torch.float64:
         return _forward_tiles(z, *rest)
-    from simclr_kernels import ntxent_triton
-
-    return ntxent_triton.forward(z, *rest)
+    # triton launches on the current device
+    with torch.cuda.device(z.device):
+        return _triton_kernels().forward(z, *rest)
 
 
 def _backward_cuda(dloss, z, *rest):
     if z.dtype == torch.float64:
         return _backward_tiles(dloss, z, *rest)
-    from simclr_kernels import ntxent_triton
-
-    return ntxent_triton.backward(dloss, z, *rest)
+    with torch.cuda.device(z.device):
+        return _triton_kernels().backward(dloss, z, *rest)
 
 
 def _tiles(z, tau, pairs, normalize):
@@ -271,7 +288,7 @@ def _tiles(z, tau, pairs, normalize):
 
 def _forward_tiles(z, tau, pairs, normalize, precision):
     """The formulas in blocks of rows: for float64 and for devices without a kernel."""
-    tau = tau.to(z.device)
+    tau = tau.to(z.device, _row_dtype(z))
     with torch.autocast(z.device.type, enabled=False):
         unit, positive, tiles = _tiles(z, tau, pairs, normalize)
         pos = (unit * unit[positive]).sum(1) / tau
@@ -281,9 +298,9 @@ def _forward_tiles(z, tau, pairs, normalize, precision):
 
 
 def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
-    tau_on_device = tau.to(z.device)
+    tau_operand, tau = tau, tau.to(z.device, _row_dtype(z))
     with torch.autocast(z.device.type, enabled=False):
-        unit, positive, tiles = _tiles(z, tau_on_device, pairs, normalize)
+        unit, positive, tiles = _tiles(z, tau, pairs, normalize)
         lse = top * LN2 + mass.log()
         shared = dloss * negative_share
         sum_w = -(shared + shared[positive])[:, None] * unit[positive]
@@ -297,8 +314,8 @@ def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, 
             square = z.detach().to(unit.dtype).square().sum(1, keepdim=True)
             dz = sum_w - torch.where(square < SQUARED_NORM_FLOOR, 0.0, inner) * unit
             dz = dz * square.clamp_min(SQUARED_NORM_FLOOR).rsqrt()
-        dtau = -0.5 * inner.sum() / tau_on_device.square()
-        return (dz / tau_on_device).to(z.dtype), dtau.to(tau)
+        dtau = -0.5 * inner.sum() / tau.square()
+        return (dz / tau).to(z.dtype), dtau.to(tau_operand)
 
 
 for _key, _forward, _backward in (

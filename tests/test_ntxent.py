@@ -11,7 +11,7 @@ from test_reference_loss import assert_equals_golden, golden_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_kernels import _C, ntxent
-from simclr_kernels.ntxent import NTXentLoss, fused_nt_xent
+from simclr_kernels.ntxent import fused_nt_xent
 from simclr_kernels.reference import nt_xent, positive_index, unit_rows
 from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
 
@@ -316,103 +316,3 @@ if child == 0:
     os._exit(0 if torch.equal(fused_nt_xent(z, 0.1), expected) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """)
-
-
-# --- the operator ---------------------------------------------------------------------------------
-
-
-def test_opcheck_accepts_both_operators():
-    z = torch.randn(34, 16, requires_grad=True)
-    tau = torch.tensor(0.3, requires_grad=True)
-    flags = ("halves", True, "ieee")
-    torch.library.opcheck(torch.ops.simclr_kernels.ntxent.default, (z, tau, *flags))
-    loss, *kept = torch.ops.simclr_kernels.ntxent(z.detach(), tau.detach(), *flags)
-    operands = (loss, z.detach(), tau.detach(), *kept, *flags)
-    torch.library.opcheck(torch.ops.simclr_kernels.ntxent_backward.default, operands)
-
-
-def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
-    loss = NTXentLoss(0.2, learnable=True)
-    learnable = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    plain = torch.compile(fused_nt_xent, fullgraph=True, dynamic=True, backend="aot_eager")
-    for images, tau in ((4, 0.1), (9, 0.1), (17, 0.3)):
-        z = torch.randn(2 * images, 16, requires_grad=True)
-        gradients = [torch.autograd.grad(f(z, tau), z)[0] for f in (plain, fused_nt_xent)]
-        assert torch.equal(*gradients)
-        assert torch.equal(learnable(*z.chunk(2)), loss(*z.chunk(2)))
-
-
-def test_autocast_does_not_change_a_bit():
-    z = torch.randn(34, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [fused_nt_xent(x, 0.1) for x in (z, z.double())]
-    assert all(map(torch.equal, inside, [fused_nt_xent(x, 0.1) for x in (z, z.double())]))
-
-
-def test_rows_that_are_not_contiguous_are_read_right():
-    wide = torch.randn(34, 64)
-    assert torch.equal(fused_nt_xent(wide[:, ::2], 0.1), fused_nt_xent(wide[:, ::2].clone(), 0.1))
-
-
-def test_second_derivative_raises():
-    z = torch.randn(6, 4, requires_grad=True)
-    (dz,) = torch.autograd.grad(fused_nt_xent(z, 0.5), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="fused_nt_xent has no second derivative"):
-        dz.sum().backward()
-
-
-def test_module_equals_the_function_and_learns_its_temperature():
-    z0, z1 = torch.randn(2, 8, 16)
-    fixed = NTXentLoss(0.2)
-    assert torch.equal(fixed(z0, z1), fused_nt_xent(torch.cat((z0, z1)), 0.2))
-    assert not list(fixed.parameters()) and NTXentLoss().temperature == 0.5
-    learnable = NTXentLoss(0.2, learnable=True)
-    learnable(z0, z1).backward()
-    z = torch.cat((z0, z1)).double()
-    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    nt_xent(z, tau).backward()
-    # d/d log tau = tau d/d tau
-    assert learnable.log_temperature.grad.item() == pytest.approx(0.2 * tau.grad.item(), rel=1e-5)
-    assert repr(learnable) == "NTXentLoss(temperature=0.2)"
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-Z = torch.zeros(4, 3)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "z", "tau", "kwargs"),
-    [
-        (ValueError, r"z must be 2-D \(rows, features\), got shape \(4,\)", Z[:, 0], 0.1, {}),
-        (ValueError, "z must have an even number of rows .*, got 3", Z[:3], 0.1, {}),
-        (ValueError, "z must have at least 2 rows .*, got 0", Z[:0], 0.1, {}),
-        (ValueError, "z must have at least 1 feature, got 0", Z[:, :0], 0.1, {}),
-        (TypeError, "z must be float32, .*, got torch.int64", Z.long(), 0.1, {}),
-        (ValueError, "tau must be a positive finite number, got 0", Z, 0, {}),
-        (ValueError, "tau must be a positive finite number, got -0.5", Z, -0.5, {}),
-        (ValueError, "tau must be a positive finite number, got nan", Z, math.nan, {}),
-        (ValueError, "tau must be a positive finite number, got inf", Z, math.inf, {}),
-        (ValueError, "tau must be a positive finite number, got -2", Z, torch.tensor(-2.0), {}),
-        (ValueError, r"tau must be a scalar tensor, got shape \(4, 3\)", Z, Z, {}),
-        (TypeError, "tau must be a floating-point tensor .* torch.int64", Z, torch.tensor(1), {}),
-        (ValueError, "on the device of z, cpu, got meta", Z, torch.ones((), device="meta"), {}),
-        (ValueError, "pairs must be 'halves' or .*, got 'rows'", Z, 0.1, {"pairs": "rows"}),
-        (ValueError, "reduction must be .*, got 'max'", Z, 0.1, {"reduction": "max"}),
-    ],
-)
-def test_errors_state_the_rule_and_the_value(error, message, z, tau, kwargs):
-    with pytest.raises(error, match=message):
-        fused_nt_xent(z, tau, **kwargs)
-
-
-def test_module_refuses_a_bad_temperature_and_views_of_different_shape():
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got 0"):
-        NTXentLoss(0)
-    with pytest.raises(ValueError, match=r"same shape .* got \(4, 3\) and \(2, 3\)"):
-        NTXentLoss()(Z, Z[:2])
-
-
-def test_an_instruction_set_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="instruction set must be one that runs here, got 'mmx'"):
-        _C.ntxent_use("mmx")
