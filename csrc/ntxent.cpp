@@ -18,6 +18,7 @@ constexpr double LN2 = 0.69314718055994530942;
 constexpr std::int64_t BLOCK_COLUMNS = 128;
 constexpr std::int64_t LOGITS_STRIDE = BLOCK_COLUMNS + 16;  // rows in different cache sets
 constexpr std::int64_t MAX_BLOCK_ROWS = 128;
+constexpr double SMALLEST_SHARED_WORK = 1 << 22;  // products; below, one thread is as fast
 constexpr std::int64_t MAX_WIDTH = 32;  // of a panel, over all instruction sets
 
 // What the kernels of a block share.
@@ -138,7 +139,8 @@ struct Workspace {
         p.shift = p.bounded ? float(std::max(scale - 100.0, 0.0)) : 0.0f;
 
         // a child of fork does not have the threads that its parent's OpenMP believes in
-        threads = getpid() == loaded_by ? std::max(in.threads, 1) : 1;
+        const bool few = double(in.rows) * in.rows * in.features < SMALLEST_SHARED_WORK;
+        threads = getpid() == loaded_by && !few ? std::max(in.threads, 1) : 1;
         const std::int64_t padded_rows = round_up(in.rows, BLOCK_COLUMNS);
         scratch_floats = p.block_rows * (LOGITS_STRIDE + (backward ? p.padded_features : 0));
         const std::int64_t padded = padded_rows * p.padded_features;
