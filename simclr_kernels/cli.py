@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import signal
 import sys
 from datetime import datetime
@@ -20,7 +21,7 @@ from torch import nn
 
 from simclr_kernels import __version__
 from simclr_kernels.augment import augment
-from simclr_kernels.checkpoint import DamagedCheckpoint
+from simclr_kernels.checkpoint import DamagedCheckpoint, write_atomically
 from simclr_kernels.config import TrainConfig, ViewsConfig
 from simclr_kernels.data import decode_image, open_source, open_splits
 from simclr_kernels.demo import demo
@@ -72,6 +73,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, Any]]:
     evaluation.add_argument("--data", type=str, required=True, help="labelled images, as in train")
     evaluation.add_argument("--test_data", type=str | None, default=None, help="default: its split")
     evaluation.add_argument("--test_fraction", type=float, default=0.2, help="where it has none")
+    evaluation.add_argument("--size", type=int | None, default=None, help="default: as trained")
     evaluation.add_argument("--k", type=int, default=20, help="neighbours")
     evaluation.add_argument("--labels_per_class", type=int | None, default=None)
     evaluation.add_argument("--baselines", type=bool, default=False, help="pixels, random weights")
@@ -152,7 +154,13 @@ def _eval(arguments: Namespace) -> int:
     print(f"{len(train_source)} training images, {len(test_source)} test images")
     batches = [
         eval_batches(
-            source, views.size, arguments.batch_size, device, mean=views.mean, std=views.std
+            source,
+            arguments.size or views.size,
+            arguments.batch_size,
+            device,
+            mean=views.mean,
+            std=views.std,
+            skip_unreadable=True,
         )
         for source in (train_source, test_source)
     ]
@@ -173,6 +181,14 @@ def _eval(arguments: Namespace) -> int:
         for name, result in rows
     ]
     print(table(cells, ["accuracy in %", *columns.values()]))
+    for source, split in zip((train_source, test_source), batches, strict=True):
+        for i in split.skipped:
+            print(f"left out, unreadable: {source.name(i)}")
+    if Path(arguments.encoder).is_dir():
+        report = Path(arguments.encoder) / "eval.json"
+        content = {"arguments": arguments.as_dict(), "accuracy": dict(rows)}
+        write_atomically(report, json.dumps(content, indent=2).encode())
+        print(f"in {report}")
     return 0
 
 
@@ -201,7 +217,7 @@ def _views(parser: ArgumentParser, arguments: Namespace) -> int:
         )
         repeated = torch.from_numpy(image).expand(arguments.count, *image.shape)
         pixels = augment(repeated, params, config)
-        captions = [params.describe(k) for k in range(arguments.count)]
+        captions = [params.describe(k, config.brightness_mode) for k in range(arguments.count)]
         sheet = out / f"{path.stem}-views.png"
         save_contact_sheet(image, pixels, captions, params.crop, sheet)
         print(f"{path}: {arguments.count} views in {sheet}")

@@ -17,6 +17,7 @@ class ViewsConfig:
         preset: name of the AugmentConfig constructor.
         size: side of a view in pixels.
         strength: colour strength s of the paper, for the presets that have one.
+        min_area: smallest crop as a fraction of the image; null: that of the preset.
         crop: False resizes the whole image instead of a random crop.
         color: False leaves out colour jitter and grayscale.
         blur: False leaves out the Gaussian blur.
@@ -25,6 +26,7 @@ class ViewsConfig:
     preset: Literal["simclr", "simclr_v1", "cifar10", "byol", "moco_v2", "torchvision"] = "simclr"
     size: int = 224
     strength: float | None = None
+    min_area: float | None = None
     crop: bool = True
     color: bool = True
     blur: bool = True

@@ -20,17 +20,19 @@ from simclr_kernels.evaluate import eval_batches
 from simclr_kernels.report import save_comparison, table
 from simclr_kernels.runs import build_model, fit, frozen_accuracy, load_encoder
 
+# for minutes on two cores: small batches for many steps, crops that leave the shape in the picture,
+# and a linear head, which in so few steps beats one with a hidden layer
 RECIPE = TrainConfig(
     data="shapes10",
-    epochs=12,
-    batch_size=128,
+    epochs=9,
+    batch_size=64,
     temperature=0.1,
-    views=ViewsConfig(preset="simclr", size=24, strength=0.75, blur=False),
-    model=ModelConfig(encoder="small", head="nonlinear", out_dim=64),
-    optimizer=OptimizerConfig(base_rate=0.2, warmup_epochs=1),
-    channels_last=True,
+    views=ViewsConfig(preset="simclr", size=24, strength=0.75, min_area=0.5, blur=False),
+    model=ModelConfig(encoder="small", head="linear", out_dim=64),
+    optimizer=OptimizerConfig(base_rate=0.3, warmup_epochs=1),
     device="cpu",
-    eval_every=2,
+    channels_last=True,
+    eval_every=3,
 )
 VARIANTS = {
     "full recipe": {},

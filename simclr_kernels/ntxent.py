@@ -167,12 +167,15 @@ def _dot_precision(z: Tensor) -> str:
     return _float32_precision()
 
 
-@torch.compiler.assume_constant_result
 def _float32_precision() -> str:
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # once the newer fp32_precision settings were used
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+# what torch.compiler.assume_constant_result sets, without importing all of torch.compile for it
+_float32_precision._dynamo_marked_constant = True
 
 
 # --- the operator ---------------------------------------------------------------------------------

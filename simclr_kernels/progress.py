@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -150,8 +151,12 @@ class MetricsLog:
         self.file.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record and hand it to the operating system."""
-        self.file.write(json.dumps(record) + "\n")
+        """Append a record and hand it to the operating system; NaN and infinity become null."""
+        known = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self.file.write(json.dumps(known, allow_nan=False) + "\n")
         self.file.flush()
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import sys
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from simclr_kernels import __version__
 from simclr_kernels.augment import PackedImages, two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.checkpoint import write_atomically
 from simclr_kernels.config import TrainConfig, ViewsConfig
-from simclr_kernels.data import MissingSplit, open_source
+from simclr_kernels.data import DecodeError, MissingSplit, open_source
 from simclr_kernels.evaluate import (
     eval_batches,
     extract_features,
@@ -43,12 +46,14 @@ def augment_config(views: ViewsConfig) -> AugmentConfig:
     """The AugmentConfig that the settings ask for."""
     arguments: dict[str, Any] = {"size": views.size}
     if views.strength is not None:
-        if views.preset not in ("simclr", "simclr_v1"):
+        if views.preset not in ("simclr", "simclr_v1", "torchvision"):
             raise ValueError(
-                f"strength goes with the presets simclr and simclr_v1, got {views.preset!r}"
+                f"strength goes with simclr, simclr_v1 and torchvision, got {views.preset!r}"
             )
         arguments["strength"] = views.strength
     config = getattr(AugmentConfig, views.preset)(**arguments)
+    if views.min_area is not None:
+        config = dataclasses.replace(config, area=(views.min_area, config.area[1]))
     if not views.crop:
         config = dataclasses.replace(config, crop=False)
     if not views.color:
@@ -75,6 +80,8 @@ def fit(
     """Train as `config` says and leave the run's folder as the module describes. See train."""
     config = config.resolve()
     run_dir = Path(run_dir)
+    if not resume and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise FileExistsError(f"{run_dir} is not empty: resume that run or choose another folder")
     source = open_source(config.data)
     views = augment_config(config.views)
     pipeline = FusedViews(
@@ -96,26 +103,31 @@ def fit(
     validation = None
     if held_out is not None and held_out.labels is not None:
         validation = eval_batches(
-            held_out, views.size, config.batch_size, config.device, mean=views.mean, std=views.std
+            held_out,
+            views.size,
+            config.batch_size,
+            config.device,
+            mean=views.mean,
+            std=views.std,
+            skip_unreadable=True,
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    if not resume:
-        write_atomically(run_dir / "config.yaml", settings.encode())
     model = build_model(config)
-    try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        write_atomically(run_dir / "config.yaml", settings.encode())
+    with closing(pipeline):
         result = train(
             config, pipeline, model, run_dir, validation=validation, resume=resume, label=label
         )
-    finally:
-        pipeline.close()
     save_encoder(run_dir / "encoder.safetensors", model.encoder, config)
     save_curves(run_dir, run_dir / "curves.png")
-    _draw_views(source, views, config.seed, run_dir / "views.png")
-    if validation is not None:
-        features, labels = extract_features(model.encoder, validation)
-        title = f"{config.model.encoder} on {config.data}, step {result.steps}"
-        save_embedding(features, labels, held_out.classes, run_dir / "embedding.png", title)
+    if result.stopped_by is None:
+        _draw_views(source, views, config.seed, run_dir / "views.png")
+        if validation is not None:
+            features, labels = extract_features(model.encoder, validation)
+            title = f"{config.model.encoder} on {config.data}, step {result.steps}"
+            save_embedding(features, labels, held_out.classes, run_dir / "embedding.png", title)
     return result
 
 
@@ -190,8 +202,8 @@ def frozen_accuracy(
     Returns:
         knn, and linear_probe, linear_probe_few.
     """
-    bank, bank_labels = extract_features(encode, train_batches)
-    queries, labels = extract_features(encode, test_batches)
+    bank, bank_labels = extract_features(encode, _shown("training images", train_batches))
+    queries, labels = extract_features(encode, _shown("test images", test_batches))
     result = {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=k)}
     if probe:
         result["linear_probe"] = linear_probe(bank, bank_labels, queries, labels)
@@ -201,10 +213,23 @@ def frozen_accuracy(
     return result
 
 
+def _shown(what: str, batches: Any) -> Any:
+    """The batches, with progress on standard error: a bar, or a line now and then in a log."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(batches, desc=what, unit="batch", mininterval=interval, leave=False)
+
+
 def _draw_views(source: Any, views: AugmentConfig, seed: int, path: Path) -> None:
     # without mean and std, which would leave the range a picture can show
     views = dataclasses.replace(views, mean=None, std=None)
-    images = [source.decode(i) for i in range(min(len(source), 12))]
-    index = torch.arange(len(images))
-    pixels = two_views(PackedImages.from_images(images), views, seed=seed, epoch=0, index=index)
+    images, index = [], []
+    for i in range(len(source)):
+        with suppress(DecodeError):
+            images.append(source.decode(i))
+            index.append(i)
+        if len(images) == 12:
+            break
+    pixels = two_views(
+        PackedImages.from_images(images), views, seed=seed, epoch=0, index=torch.tensor(index)
+    )
     save_gallery(pixels, path, sources=images)

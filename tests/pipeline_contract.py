@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from simclr_kernels.pipelines import epoch_order
 
 from simclr_kernels.data import ImageFolder, ParquetImages
+from simclr_kernels.pipelines import epoch_order
 
 N, B, SIDE = 30, 8, 16  # images, batch size, side of the views
 # neighbours in the order of epoch 0, seed 0, in the first batch: two unreadable images in a row

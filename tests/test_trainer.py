@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from simclr_kernels.pipelines.fused_views import FusedViews
 
 from simclr_kernels.checkpoint import list_checkpoints, load_checkpoint
 from simclr_kernels.config import ModelConfig, OptimizerConfig, TrainConfig, ViewsConfig
 from simclr_kernels.data import ArrayImages, open_source
 from simclr_kernels.evaluate import eval_batches
+from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.runs import augment_config, build_model
 from simclr_kernels.trainer import ConfigMismatch, FeatureBank, NonFiniteTraining, train
 
