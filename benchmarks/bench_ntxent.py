@@ -16,7 +16,7 @@ FEATURES = 128
 TAU = 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES = {"ours": fused_nt_xent, "reference": nt_xent}
-# products of (2N, D) by (D, 2N) size that ours computes
+# products of (2N, D) by (D, 2N) size that the formulas need; a kernel may recompute some
 PRODUCTS = {"forward": 1, "forward+backward": 3}
 
 

@@ -95,7 +95,8 @@ class NTXentLoss(nn.Module):
         super().__init__()
         _check_tau(temperature)
         if learnable:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32)
+            self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.fixed_temperature = temperature
 
@@ -149,7 +150,7 @@ def _tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
     """tau as the 0-d tensor of the operator: on the CPU if it came as a number."""
     if not isinstance(tau, Tensor):
         _check_tau(tau)
-        return torch.tensor(tau, dtype=torch.float64)
+        return torch.tensor(tau, dtype=torch.float64, device="cpu")
     if tau.numel() != 1:
         raise ValueError(f"tau must be a scalar tensor, got shape {tuple(tau.shape)}")
     if not tau.is_floating_point():
@@ -201,7 +202,8 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
         return _forward_tiles(z, tau, pairs, normalize, precision)
     rows, features = z.shape
     z = z.detach().contiguous().float()
-    loss, top, mass, negative_share = (torch.empty(rows) for _ in range(4))
+    # not of torch's default dtype and device: C++ writes float32 there
+    loss, top, mass, negative_share = (z.new_empty(rows) for _ in range(4))
     _C.ntxent_forward(
         z.data_ptr(),
         rows,
@@ -225,7 +227,7 @@ def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, pr
     rows, features = z.shape
     rows_of_z = z.detach().contiguous().float()
     dloss = dloss.contiguous()
-    dz = torch.empty(rows, features)
+    dz = rows_of_z.new_empty(rows, features)
     dtau = _C.ntxent_backward(
         rows_of_z.data_ptr(),
         rows,
@@ -269,6 +271,13 @@ def _backward_cuda(dloss, z, *rest):
         return _triton_kernels().backward(dloss, z, *rest)
 
 
+def _tau_beside(z, tau):
+    """tau in the dtype and on the device of the rows, without waiting for it; NaN unless > 0."""
+    if tau.device != z.device:
+        return torch.full((), tau.item(), dtype=_row_dtype(z), device=z.device)
+    return torch.where(tau > 0, tau, math.nan).to(_row_dtype(z))
+
+
 def _tiles(z, tau, pairs, normalize):
     """The rows multiplied, and an iterator over (rows, their logits, -inf where no negative)."""
     rows = z.shape[0]
@@ -291,7 +300,7 @@ def _tiles(z, tau, pairs, normalize):
 
 def _forward_tiles(z, tau, pairs, normalize, precision):
     """The formulas in blocks of rows: for float64 and for devices without a kernel."""
-    tau = tau.to(z.device, _row_dtype(z))
+    tau = _tau_beside(z, tau)
     with torch.autocast(z.device.type, enabled=False):
         unit, positive, tiles = _tiles(z, tau, pairs, normalize)
         pos = (unit * unit[positive]).sum(1) / tau
@@ -301,7 +310,7 @@ def _forward_tiles(z, tau, pairs, normalize, precision):
 
 
 def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
-    tau_operand, tau = tau, tau.to(z.device, _row_dtype(z))
+    tau_operand, tau = tau, _tau_beside(z, tau)
     with torch.autocast(z.device.type, enabled=False):
         unit, positive, tiles = _tiles(z, tau, pairs, normalize)
         lse = top * LN2 + mass.log()
@@ -318,7 +327,10 @@ def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, 
             dz = sum_w - torch.where(square < SQUARED_NORM_FLOOR, 0.0, inner) * unit
             dz = dz * square.clamp_min(SQUARED_NORM_FLOOR).rsqrt()
         dtau = -0.5 * inner.sum() / tau.square()
-        return (dz / tau).to(z.dtype), dtau.to(tau_operand)
+        if tau_operand.device != z.device:
+            # tau came as a number: nobody asks, and to answer would wait for the device
+            dtau = torch.full_like(tau_operand, math.nan)
+        return (dz / tau).to(z.dtype), dtau.to(tau_operand.dtype)
 
 
 for _key, _forward, _backward in (
@@ -353,6 +365,10 @@ def _differentiate(ctx, dloss, *_):
         return (None,) * 5
     dz, dtau = torch.ops.simclr_kernels.ntxent_backward(
         dloss, *ctx.saved_tensors, ctx.pairs, ctx.normalize, ctx.precision
+    )
+    # None where nobody asks: the anomaly detection of torch looks for NaN in all that is returned
+    dz, dtau = (
+        d if asked else None for d, asked in zip((dz, dtau), ctx.needs_input_grad, strict=False)
     )
     return dz, dtau, None, None, None
 

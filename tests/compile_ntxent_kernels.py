@@ -1,4 +1,4 @@
-"""Compiles what the launchers of ntxent_triton launch for one GPU target, without a GPU.
+"""Compiles what the launchers of ntxent_triton launch for GPU targets, without a GPU.
 
 Run as a program, without TRITON_INTERPRET: `python compile_ntxent_kernels.py sm_90 gfx942`. Prints
 one JSON line per kernel and configuration: registers, spilled bytes, shared memory.

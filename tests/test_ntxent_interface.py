@@ -34,8 +34,8 @@ def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
 
 def test_matmul_precision_is_read_as_torch_has_it_also_by_the_compiler():
     read = ntxent._float32_precision
-    compiled = torch.compile(lambda x: x + len(read()), fullgraph=True, backend="aot_eager")
-    assert read() == "ieee" and compiled(torch.zeros(())) == 4
+    compiled = torch.compile(lambda x: x + (read() == "ieee"), fullgraph=True, backend="aot_eager")
+    assert read() == "ieee" and compiled(torch.zeros(())) == 1
     try:
         torch.set_float32_matmul_precision("high")
         assert read() == "tf32"
@@ -55,6 +55,66 @@ def test_autocast_does_not_change_a_bit():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = [fused_nt_xent(x, 0.1) for x in (z, z.double())]
     assert all(map(torch.equal, inside, [fused_nt_xent(x, 0.1) for x in (z, z.double())]))
+
+
+def test_autocast_does_not_reach_the_products_of_devices_without_a_kernel():
+    z, tau = torch.randn(34, 16), torch.tensor(0.1)
+
+    def by_tiles():
+        loss, *kept = ntxent._forward_tiles(z, tau, "halves", True, "ieee")
+        return loss, *ntxent._backward_tiles(loss, z, tau, *kept, "halves", True, "ieee")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = by_tiles()
+    assert all(map(torch.equal, inside, by_tiles()))
+
+
+def loss_and_gradient(z):
+    leaf = z.clone().requires_grad_()
+    loss = fused_nt_xent(leaf, 0.1)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_of_torch_changes_nothing(dtype):
+    z = torch.randn(34, 16)
+    expected = loss_and_gradient(z)
+    try:
+        torch.set_default_dtype(dtype)
+        actual = loss_and_gradient(z)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_default_device_of_torch_changes_nothing():
+    z = torch.randn(34, 16)
+    expected = loss_and_gradient(z)
+    with torch.device("meta"):
+        actual = loss_and_gradient(z)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_row_blocks_give_nan_where_the_temperature_is_not_positive():
+    for tau in (0.0, -0.1):
+        loss, *_ = ntxent._forward_tiles(
+            torch.randn(6, 4), torch.tensor(tau), "halves", True, "ieee"
+        )
+        assert loss.isnan().all()
+
+
+def test_a_gradient_that_nobody_asks_for_is_not_returned():
+    z = torch.randn(6, 4, requires_grad=True)
+    tau = torch.tensor(0.5, requires_grad=True)
+    returned = []
+    for operands in ((z, tau.detach()), (z.detach(), tau), (z, tau)):
+        loss = fused_nt_xent(*operands, reduction="none")
+        loss.grad_fn.register_hook(
+            lambda dz_dtau, _: returned.append([d is not None for d in dz_dtau])
+        )
+        loss.sum().backward()
+    assert [kept[:2] for kept in returned] == [[True, False], [False, True], [True, True]]
 
 
 def test_rows_that_are_not_contiguous_are_read_right():
