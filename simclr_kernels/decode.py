@@ -26,6 +26,7 @@ DAMAGE = (
     LookupError,
     AttributeError,
     ArithmeticError,
+    RuntimeError,  # AVIF; NotImplementedError of rare formats
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -75,6 +76,8 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
                     f"an image must have at most {max_pixels} pixels (max_pixels), "
                     f"got {width} x {height}"
                 )
+            # before the orientation is read: a TIFF turns itself upright while it loads
+            image.load()
             return np.array(_rgb(_upright(image)))
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
@@ -93,7 +96,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
-        image.load()
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import shared_path
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from simclr_kernels.decode import DecodeError, decode_image
 
@@ -90,8 +90,9 @@ def test_cmyk_is_converted():
     assert np.abs(error).mean() < 8
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow itself turns the latter
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied_once(orientation, kind):
     stored = Image.fromarray(COLOR)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -106,7 +107,7 @@ def test_exif_orientation_is_applied(orientation):
         7: COLOR.transpose(1, 0, 2)[::-1, ::-1],
         8: COLOR.transpose(1, 0, 2)[::-1],
     }[orientation]
-    np.testing.assert_array_equal(decode_image(encoded(stored, exif=exif)), upright)
+    np.testing.assert_array_equal(decode_image(encoded(stored, kind, exif=exif)), upright)
 
 
 def test_damaged_exif_does_not_cost_the_image():
@@ -177,7 +178,8 @@ def test_unreadable_data_raise_one_error_that_names_the_item(data):
 
 def test_flipped_bytes_raise_decode_errors_and_nothing_else():
     rng = np.random.default_rng(0)
-    files = [encoded(COLOR, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    kinds = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"] + ["AVIF"] * features.check("avif")
+    files = [encoded(COLOR, kind) for kind in kinds]
     errors = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged metadata
