@@ -36,10 +36,12 @@ class EvalBatches:
     """The labelled images of a source in its own order, decoded in threads. See eval_batches.
 
     Attributes:
+        items: indices of the images that have a label.
         skipped: indices of the unreadable images of the latest pass.
     """
 
     source: Any
+    items: list[int]
     size: int
     batch_size: int
     device: torch.device | str
@@ -50,16 +52,16 @@ class EvalBatches:
     skipped: list[int] = field(default_factory=list, init=False)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.source) / self.batch_size)
+        return math.ceil(len(self.items) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.skipped = []
         ahead: deque[list[tuple[int, Future]]] = deque()
         pool = ThreadPoolExecutor(self.workers)
         try:
-            for start in range(0, len(self.source), self.batch_size):
-                stop = min(start + self.batch_size, len(self.source))
-                ahead.append([(i, pool.submit(self._view, i)) for i in range(start, stop)])
+            for start in range(0, len(self.items), self.batch_size):
+                batch = self.items[start : start + self.batch_size]
+                ahead.append([(i, pool.submit(self._view, i)) for i in batch])
                 if len(ahead) > BATCHES_AHEAD:
                     yield from self._collect(ahead.popleft())
             while ahead:
@@ -109,7 +111,7 @@ def eval_batches(
 
     Args:
         source: any object with `len(source)`, `source.decode(i)` to (H, W, 3) uint8, and
-            `source.labels`, (n,) integers.
+            `source.labels`, (n,) integers; images with a negative label are left out.
         size: S, the side of a view in pixels.
         batch_size: B; the last batch holds what is left.
         device: of images and labels. Views are made on the CPU, in the threads that decode.
@@ -125,14 +127,16 @@ def eval_batches(
         ValueError: the source has no labels, or an argument is out of its range.
         DecodeError: while iterating, an image is unreadable and skip_unreadable is False.
     """
-    if source.labels is None:
+    labels = np.asarray([] if source.labels is None else source.labels)
+    items = np.flatnonzero(labels >= 0).tolist()
+    if not items:
         raise ValueError("source must have labels to be evaluated on, got a source without")
     for name, value in (("size", size), ("batch_size", batch_size), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean {mean} and std {std}")
-    return EvalBatches(source, size, batch_size, device, workers, mean, std, skip_unreadable)
+    return EvalBatches(source, items, size, batch_size, device, workers, mean, std, skip_unreadable)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -283,23 +284,28 @@ def test_unreadable_image_raises_or_is_skipped_and_counted():
 
 
 def test_abandoned_pass_ends_its_threads():
-    decoded = []
-
-    class Slow(Images):
-        def decode(self, i):
-            decoded.append(i)
-            return super().decode(i)
-
-    source = Slow(random_images(*[(8, 8)] * 100), np.arange(100))
+    before = threading.active_count()
+    source = Images(random_images(*[(8, 8)] * 100), np.arange(100))
     iterator = iter(eval_batches(source, 8, 4, workers=2))
     next(iterator)
+    assert threading.active_count() > before
     iterator.close()
-    assert len(decoded) <= 12
+    assert threading.active_count() == before
 
 
-def test_source_without_labels_is_refused():
+def test_images_without_a_label_are_left_out():
+    images = random_images(*[(8, 8)] * 5)
+    batches = eval_batches(Images(images, np.array([2, -1, 0, -1, 1])), 8, 2)
+    assert len(batches) == 2
+    assert [y.tolist() for _, y in batches] == [[2, 0], [1]]
+    x = torch.cat([x for x, _ in batches])
+    assert torch.equal(x[1], reference.eval_view(torch.from_numpy(images[2])[None], 8)[0])
+
+
+@pytest.mark.parametrize("labels", [None, np.array([-1])])
+def test_source_without_labels_is_refused(labels):
     with pytest.raises(ValueError, match="source must have labels to be evaluated on"):
-        eval_batches(Images(random_images((8, 8)), None), 8)
+        eval_batches(Images(random_images((8, 8)), labels), 8)
 
 
 @pytest.mark.parametrize(
