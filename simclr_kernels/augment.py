@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,10 @@ from simclr_kernels import reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.params import AugmentParams, sample_params
 
-# pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU
+# pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU;
+# elsewhere about 1 GiB of temporaries, since a piece costs hundreds of launches and some waits
 PIECE_PIXELS = 1 << 17
+GPU_PIECE_PIXELS = 1 << 23
 
 VIEW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -75,7 +78,11 @@ class PackedImages:
     @classmethod
     def from_images(cls, images: Sequence) -> PackedImages:
         """Copies (height, width, 3) uint8 arrays or tensors into one buffer on the CPU."""
-        tensors = [torch.as_tensor(image) for image in images]
+        # arrays that are read-only or run backwards are copied: torch takes neither
+        tensors = [
+            image if isinstance(image, Tensor) else torch.from_numpy(np.require(image, None, "CW"))
+            for image in images
+        ]
         for i, image in enumerate(tensors):
             if image.dtype != torch.uint8:
                 raise TypeError(f"images must be uint8, got {image.dtype} for image {i}")
@@ -97,7 +104,9 @@ class PackedImages:
 
     def __getitem__(self, i: int) -> Tensor:
         """(height, width, 3) uint8, a view into the buffer."""
-        offset, (height, width) = self.offsets[i].item(), self.sizes[i].tolist()
+        return self._image(self.offsets[i].item(), *self.sizes[i].tolist())
+
+    def _image(self, offset: int, height: int, width: int) -> Tensor:
         return self.buffer[offset : offset + height * width * 3].view(height, width, 3)
 
     @property
@@ -141,8 +150,7 @@ def augment(
         TypeError: images are not uint8, or dtype is not a floating dtype listed above.
     """
     sizes = _image_sizes(images)
-    if dtype not in VIEW_DTYPES:
-        raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
+    views = _empty_views(len(images), config, dtype, images.device, memory_format)
     if len(params) != len(images):
         raise ValueError(
             f"params must be of as many images as there are: {len(images)}, got {len(params)}"
@@ -161,8 +169,6 @@ def augment(
             torch.cat([params.crop, sizes], 1),
         )
 
-    shape = (len(images), 3, config.size, config.size)
-    views = torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
     _fill(views, images, params, config)
     return views
 
@@ -189,14 +195,26 @@ def two_views(
         raise ValueError(
             f"images and index must be on one device, got {images.device} and {index.device}"
         )
-    B, S = len(images), config.size
-    views = torch.empty(
-        (2 * B, 3, S, S), dtype=dtype, device=images.device, memory_format=memory_format
-    )
+    B = len(images)
+    views = _empty_views(2 * B, config, dtype, images.device, memory_format)
     for view, out in enumerate(views.split(B) if B else ()):
         params = sample_params(config, sizes, seed=seed, epoch=epoch, index=index, view=view)
         _fill(out, images, params, config)
     return views
+
+
+def _empty_views(
+    count: int,
+    config: AugmentConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """(count, 3, size, size), not yet filled."""
+    if dtype not in VIEW_DTYPES:
+        raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
+    shape = (count, 3, config.size, config.size)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
 def _fill(
@@ -208,7 +226,8 @@ def _fill(
     if len(views) == 0:
         return
     height, width = params.crop[:, 2:].amax(0).tolist() if packed else images.shape[1:3]
-    step = max(1, PIECE_PIXELS // max(height * width, config.size**2))
+    most = PIECE_PIXELS if views.device.type == "cpu" else GPU_PIECE_PIXELS
+    step = max(1, most // max(height * width, config.size**2))
     for first in range(0, len(views), step):
         piece = slice(first, first + step)
         part = params[piece]
@@ -225,8 +244,13 @@ def _cut_out(images: PackedImages, first: int, crop: Tensor) -> Tensor:
     """(B, h, w, 3) uint8: each crop (B, 4) of the images from first on, in the top left corner."""
     height, width = crop[:, 2:].amax(0).tolist()
     pixels = images.buffer.new_zeros(len(crop), height, width, 3)
-    for i, (y, x, h, w) in enumerate(crop.tolist()):
-        pixels[i, :h, :w] = images[first + i][y : y + h, x : x + w]
+    own = slice(first, first + len(crop))
+    # on a GPU each of these waits for the device: once per piece, not per image
+    places = zip(
+        images.offsets[own].tolist(), images.sizes[own].tolist(), crop.tolist(), strict=True
+    )
+    for i, (offset, size, (y, x, h, w)) in enumerate(places):
+        pixels[i, :h, :w] = images._image(offset, *size)[y : y + h, x : x + w]
     return pixels
 
 

@@ -55,6 +55,7 @@ def test_the_size_of_the_pieces_does_not_matter(monkeypatch, pixels):
     images = dense_images()
     expected = [augment(x, params_of(x), BUSY) for x in (images, packed)]
     monkeypatch.setattr(module, "PIECE_PIXELS", pixels)
+    monkeypatch.setattr(module, "GPU_PIECE_PIXELS", pixels)
     for x, view in zip((images, packed), expected, strict=True):
         assert torch.equal(augment(x, params_of(x), BUSY), view)
 
@@ -207,6 +208,15 @@ def test_a_pack_that_reads_outside_its_buffer_cannot_be_made(change, error, mess
         PackedImages(**(arguments | change))
 
 
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_mirrored_arrays_can_be_packed():
+    image = dense_images(1)[0].numpy()
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    packed = PackedImages.from_images([frozen, image[:, ::-1]])
+    assert np.array_equal(packed[0], image) and np.array_equal(packed[1], image[:, ::-1])
+
+
 def test_images_that_cannot_be_packed_are_refused():
     with pytest.raises(TypeError, match=r"images must be uint8, got torch.float32 for image 1"):
         PackedImages.from_images([dense_images(1)[0], torch.zeros(2, 2, 3)])
@@ -235,6 +245,8 @@ def test_a_dtype_that_is_not_floating_is_refused():
     images = dense_images()
     with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch.uint8"):
         augment(images, params_of(images), BUSY, torch.uint8)
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch.int32"):
+        two_views(images, BUSY, seed=0, epoch=0, index=torch.arange(40), dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
