@@ -142,11 +142,13 @@ def shapes10(split: str = "train", size: int = 24, seed: int = 0) -> ArrayImages
         split: "train" (4096 images) or "test" (1000).
         size: height and width in pixels, at least 8.
         seed: 0 is the data set of the published numbers; the same seed gives the same bits.
+            At least 0 and below 2^64.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
+    _check_seed(seed)
     images, labels = render(split, size, seed)
     return ArrayImages(images, labels, CLASSES, origin=f"shapes10/{split}")
 
@@ -165,7 +167,8 @@ class Subset:
     @cached_property
     def images(self) -> np.ndarray | None:
         images = getattr(self.source, "images", None)
-        return None if images is None else images[self.indices]
+        # the copy of an array on the disk might not fit into memory
+        return None if images is None or isinstance(images, np.memmap) else images[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -189,12 +192,15 @@ def split_source(
     class gives test_fraction of its items, rounded up or down.
 
     Raises:
-        ValueError: test_fraction is not between 0 and 1, or one of the two would be empty.
+        ValueError: test_fraction is not between 0 and 1, seed not in [0, 2^64), or one of the two
+            would be empty.
     """
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    _check_seed(seed)
     n = len(source)
-    order = np.argsort(np.random.Philox(key=[seed, SPLIT_STREAM]).random_raw(n), kind="stable")
+    words = np.random.Philox(key=np.array([seed, SPLIT_STREAM], np.uint64)).random_raw(n)
+    order = np.argsort(words, kind="stable")
     if source.labels is not None:
         order = order[np.argsort(source.labels[order], kind="stable")]
     # evenly spread along the classes: each gives its share, rounded up or down
@@ -304,6 +310,11 @@ def _missing_split(root: Path, split: str, found: str) -> MissingSplit:
         f"{root} must hold a subfolder or Parquet files named {looked_for} for the split "
         f"{split!r}, got {found}"
     )
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be at least 0 and below 2^64, got {seed}")
 
 
 def _checked_labels(labels, n: int) -> np.ndarray:

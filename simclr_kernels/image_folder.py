@@ -32,6 +32,7 @@ class ImageFolder:
     Raises:
         ValueError: no image in root, images both in root and in its subfolders, or a subfolder
             that is not among classes.
+        OSError: root or one of its subfolders cannot be listed.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class ImageFolder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        sizes = [(self.root / path).stat().st_size for path in self.paths]
+        sizes = [_size(self.root / path) for path in self.paths]
         digest = hashlib.sha256(json.dumps([self.paths, sizes]).encode()).hexdigest()
         return f"folder:{len(self)}:{digest[:16]}"
 
     def fingerprint(self) -> str:
-        """Of the paths relative to root and the sizes of the files."""
+        """Of the paths relative to root and the sizes of the files, -1 where there is none."""
         return self._fingerprint
 
 
@@ -97,13 +98,26 @@ def class_folders(root: str | Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, -1 where it cannot be found: an unreadable item, as a dangling link is."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _image_paths(root: Path) -> Iterator[str]:
     """Image files at any depth, relative to root, with forward slashes; links are followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        # a link to a parent would be walked for ever
-        subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] != "."]
+        # a link to a parent would be walked for ever; sorted, so that of two links to one folder
+        # the same is taken on every file system
+        subfolders[:] = [] if real in visited else sorted(s for s in subfolders if s[0] != ".")
         if real not in visited:
             relative = Path(folder).relative_to(root)
             for file in files:

@@ -352,5 +352,6 @@ def _centre_crop(config: AugmentConfig, sizes: Tensor) -> Tensor:
     low, high = config.aspect
     height = torch.where(W / H < low, (W.double() / low).round().long(), H)
     width = torch.where(W / H > high, (H.double() * high).round().long(), W)
+    height, width = height.clamp_min(1), width.clamp_min(1)
     box = [(H - height) // 2, (W - width) // 2, height, width]
     return torch.stack(box, 1).to(torch.int32)

@@ -114,7 +114,7 @@ class ParquetImages:
                 shard, _ = self._groups[group]
                 return (self.files[shard].parent / cell["path"]).read_bytes()
             return cell.get("bytes") or b""
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise DecodeError(f"{self.name(i)}: {error}") from error
 
     def decode(self, i: int) -> np.ndarray:

@@ -54,7 +54,7 @@ def render(split: str, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw one split: (n, size, size, 3) uint8 images and (n,) int64 labels, classes in turn."""
     n = SPLITS[split]
     labels = np.arange(n) % len(CLASSES)
-    words = np.random.Philox(key=[seed, list(SPLITS).index(split)])
+    words = np.random.Philox(key=np.array([seed, list(SPLITS).index(split)], np.uint64))
     u = _uniform(words, n, 4 + 3 + 3 * COLOR_DRAWS)
     colors = _colors(u[:, 4:7], u[:, 7:].reshape(n, COLOR_DRAWS, 3))
     noise = _noise(words, (n, size, size, 3))

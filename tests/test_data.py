@@ -118,6 +118,19 @@ def test_subset_offers_encoded_files_only_where_its_source_does(tmp_path):
     assert not hasattr(Subset(ArrayImages(PIXELS), [1]), "encoded")
 
 
+def test_subset_of_an_array_on_the_disk_stays_there(tmp_path):
+    np.save(tmp_path / "set.npy", PIXELS)
+    subset = Subset(open_source(tmp_path / "set.npy"), [7, 2])
+    assert subset.images is None
+    np.testing.assert_array_equal(subset.decode(1), PIXELS[2])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_split_seed_is_checked(seed):
+    with pytest.raises(ValueError, match=rf"seed must be at least 0 and below 2\^64, got {seed}"):
+        split_source(ArrayImages(PIXELS), 0.5, seed)
+
+
 def test_split_is_stratified_complete_and_repeatable():
     labels = np.repeat(np.arange(7), [400, 300, 150, 100, 30, 19, 1])
     source = ArrayImages(np.zeros((1000, 2, 2, 3), np.uint8), labels)

@@ -80,6 +80,28 @@ def test_unreadable_files_are_named(tmp_path):
         source.decode(2)
 
 
+def test_dangling_link_is_an_unreadable_item(tmp_path):
+    save(tmp_path, "0.png")
+    (tmp_path / "1.png").symlink_to(tmp_path / "nowhere.png")
+    source = ImageFolder(tmp_path)
+    assert source.fingerprint().startswith("folder:2:")
+    with pytest.raises(DecodeError, match=r"1\.png: .*No such file"):
+        source.decode(1)
+
+
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ImageFolder(tmp_path / "nowhere")
+
+
+def test_of_two_links_to_one_folder_the_first_by_name_counts(tmp_path):
+    save(tmp_path / "elsewhere", "0.png")
+    (tmp_path / "root").mkdir()
+    for name in "cab":
+        (tmp_path / "root" / name).symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(tmp_path / "root").paths == ["a/0.png"]
+
+
 def test_pixel_limit_is_passed_on(tmp_path):
     save(tmp_path, "0.png")
     with pytest.raises(DecodeError, match="at most 11 pixels"):

@@ -128,6 +128,11 @@ def test_torchvision_falls_back_to_the_centre_of_an_allowed_aspect(size, box):
     assert (draw(config, 20, size).crop == torch.tensor(box)).all()
 
 
+def test_torchvision_fallback_of_one_pixel_is_not_empty():
+    config = AugmentConfig(sampler="torchvision", aspect=(3.0, 4.0))
+    assert (draw(config, 20, (1, 1)).crop == torch.tensor([0, 0, 1, 1])).all()
+
+
 def test_probabilities_and_ranges_are_those_of_the_config():
     params = draw(AugmentConfig.byol(), 20000, view=1)
 

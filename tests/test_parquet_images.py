@@ -52,11 +52,14 @@ def test_plain_binary_is_read(tmp_path):
 def test_rows_with_a_path_only_name_a_file_beside_the_parquet_file(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png(42))
-    rows = [{"bytes": None, "path": "images/a.png"}, {"bytes": None, "path": "images/b.png"}]
+    paths = ["images/a.png", "images/b.png", "images/\0.png"]
+    rows = [{"bytes": None, "path": path} for path in paths]
     source = ParquetImages(save(tmp_path / "x.parquet", {"image": rows}))
     assert source.decode(0).max() == 42
     with pytest.raises(DecodeError, match=r"x\.parquet\[1\]: .*No such file"):
         source.decode(1)
+    with pytest.raises(DecodeError, match=r"x\.parquet\[2\]: .*null"):
+        source.decode(2)
 
 
 def test_shards_follow_one_another(tmp_path):

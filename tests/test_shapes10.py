@@ -45,6 +45,11 @@ def test_seed_and_split_change_the_images():
     assert len({image.tobytes() for image in images}) == 3
 
 
+def test_large_seeds_differ():
+    first, second = (render("test", 8, seed)[0] for seed in (2**64 - 2, 2**64 - 1))
+    assert first.tobytes() != second.tobytes()
+
+
 def test_size_changes_the_resolution_and_not_the_pose():
     small, large = (render("test", size, 0)[0].astype(float) for size in (16, 64))
     averaged = large.reshape(1000, 16, 4, 16, 4, 3).mean((2, 4))
@@ -57,6 +62,7 @@ def test_size_changes_the_resolution_and_not_the_pose():
     [
         (("validation",), "split must be 'train' or 'test', got 'validation'"),
         (("train", 4), "size must be at least 8 pixels, got 4"),
+        (("train", 8, -1), r"seed must be at least 0 and below 2\^64, got -1"),
     ],
 )
 def test_arguments_are_checked(arguments, message):
