@@ -36,11 +36,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from simclr_kernels.pipelines.quarantine import Quarantine
 from torch import Tensor
 
 from simclr_kernels.data import ImageSource
 from simclr_kernels.params import philox
+from simclr_kernels.pipelines.quarantine import Quarantine
 
 # in place of a view's number in the counter: no view draws these words
 ORDER_STREAM = 2**32 - 1

@@ -19,11 +19,11 @@ from itertools import islice
 
 import numpy as np
 import torch
-from simclr_kernels.pipelines.quarantine import Quarantine
 from torch import Tensor
 
 from simclr_kernels.augment import PackedImages
 from simclr_kernels.data import DecodeError, ImageSource
+from simclr_kernels.pipelines.quarantine import Quarantine
 
 CHUNK = 8  # images per task of a decoding thread
 BATCHES_AHEAD = 2  # finished batches waiting, besides those being decoded
@@ -55,9 +55,11 @@ class PixelCache:
         else:
             self.loose[i] = image
 
-    def holds_all_but(self, missing: int) -> bool:
-        """Whether the dense array lacks only `missing` images."""
-        return self.dense is not None and int(self.in_dense.sum()) + missing == self.n
+    def holds_all_but(self, missing: list[int]) -> bool:
+        """Whether the dense array lacks no image but the missing ones."""
+        held = self.in_dense.copy()
+        held[missing] = True
+        return self.dense is not None and bool(held.all())
 
 
 class DecodedBatches:
@@ -191,7 +193,8 @@ def prefetched(items: Generator, ahead: int, stop: threading.Event) -> Iterator:
                         return
         except BaseException as error:
             last = error
-        ready.put((end, last))
+        if not stop.is_set():
+            ready.put((end, last))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from simclr_kernels.pipelines import Batch, Pipeline
-from simclr_kernels.pipelines.decoding import DecodedBatches
 from torch import Tensor
 
 from simclr_kernels.augment import PackedImages, two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import ImageSource
+from simclr_kernels.pipelines import Batch, Pipeline
+from simclr_kernels.pipelines.decoding import DecodedBatches
 
 MAX_DEFAULT_WORKERS = 16
 
@@ -140,7 +140,7 @@ class FusedViews(Pipeline):
         fits = dense is not None and dense.nbytes <= self._cache_bytes
         if isinstance(dense, np.memmap) and not fits:
             dense = None  # page faults belong into the decoding threads
-        if dense is None and self._decoder.cache.holds_all_but(self.quarantined):
+        if dense is None and self._decoder.cache.holds_all_but(self.quarantine.items()):
             dense, fits = self._decoder.cache.dense, True
         if fits and self._resident is None and self.device.type != "cpu":
             self._resident = torch.tensor(dense, device=self.device)

@@ -69,7 +69,8 @@ class Quarantine:
         if self.log is not None:
             entry = {"index": item, "name": self.source.name(item), "reason": str(error)}
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a", encoding="utf-8") as file:
+            # a byte of a file name that is not UTF-8 becomes a JSON escape
+            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if len(self) > self.max_bad_fraction * len(self.source):
             raise RuntimeError(

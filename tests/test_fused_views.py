@@ -1,5 +1,6 @@
 """FusedViews: the contract, and the same bits however the pixels come to the kernels."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,10 +16,18 @@ from pipeline_contract import SIDE, N, PipelineContract, assert_same_batches, fo
 
 from simclr_kernels.augment import PackedImages, two_views
 from simclr_kernels.augment_config import AugmentConfig
-from simclr_kernels.data import ArrayImages, ImageFolder, ParquetImages, Subset, open_source
+from simclr_kernels.data import (
+    ArrayImages,
+    DecodeError,
+    ImageFolder,
+    ParquetImages,
+    Subset,
+    open_source,
+)
 from simclr_kernels.pipelines import epoch_order
 from simclr_kernels.pipelines.decoding import PixelCache
 from simclr_kernels.pipelines.fused_views import FusedViews
+from simclr_kernels.pipelines.quarantine import Quarantine
 
 __all__ = ["folder"]  # a fixture
 
@@ -191,6 +200,23 @@ def test_cache_keeps_to_its_limit():
     assert sum(images[i].nbytes for i in kept) == cache.used_bytes <= 1000 and len(kept) == 4
     for i in kept:
         np.testing.assert_array_equal(cache.get(i), images[i])
+
+
+def test_cache_knows_which_images_it_lacks():
+    cache = PixelCache(4, limit_bytes=1e6)
+    for i, image in enumerate(random_images(3, (8, 8))):
+        cache.put(i, image)
+    assert cache.holds_all_but([3]) and cache.holds_all_but([0, 3])
+    # as many as are missing, but not those
+    assert not cache.holds_all_but([0]) and not cache.holds_all_but([])
+
+
+def test_names_that_are_not_utf8_are_logged(tmp_path):
+    source = Listed(random_images(4, (8, 8)))
+    source.name = lambda i: f"\udcff-{i}.jpg"
+    log = tmp_path / "quarantine.jsonl"
+    Quarantine(source, 1.0, log).add(2, DecodeError("broken"))
+    assert json.loads(log.read_text("utf-8"))["name"] == "\udcff-2.jpg"
 
 
 def test_decoding_runs_ahead_of_the_training_loop():
