@@ -6,6 +6,8 @@ arrays), they lie in one dense array, on the device itself: a batch is then one 
 nothing is decoded, copied to the device or prefetched any more. Both views come from two_views,
 in the training thread, since they run on the device's stream or on torch's own threads.
 
+Besides the cache, up to four batches of whole decoded images are in memory while threads decode.
+
 Same bits for any number of workers, any cache and any resume point.
 """
 

@@ -12,10 +12,15 @@ from simclr_kernels.data import DecodeError, ImageSource
 LISTED = 10
 
 
-class Quarantine:
-    """Unreadable items by number: counted, logged once each, and limited.
+class TooManyUnreadable(RuntimeError):
+    """More images of a source are unreadable than the run allows."""
 
-    The log has one JSON object per item: {"index": 17, "name": path, "reason": message}.
+
+class Quarantine:
+    """Unreadable items by number: counted, logged, and limited.
+
+    The log has one JSON object per item: {"index": 17, "name": path, "reason": message}. A run that
+    was killed and resumed may log an item again.
 
     Args:
         source: the source the items belong to.
@@ -49,19 +54,19 @@ class Quarantine:
         """The items of order that are not in quarantine, in order.
 
         Raises:
-            RuntimeError: there is none.
+            TooManyUnreadable: there is none.
         """
         if self._items:
             order = order[~np.isin(order, self.items())]
         if not len(order):
-            raise RuntimeError(f"no image of the source is readable: {self._listing()}")
+            raise TooManyUnreadable(f"no image in the order is readable: {self._listing()}")
         return order
 
     def add(self, item: int, error: DecodeError) -> None:
         """Put one item into quarantine; nothing happens if it is there.
 
         Raises:
-            RuntimeError: more than max_bad_fraction of the source are unreadable.
+            TooManyUnreadable: more than max_bad_fraction of the source are unreadable.
         """
         if item in self._items:
             return
@@ -73,7 +78,7 @@ class Quarantine:
             with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if len(self) > self.max_bad_fraction * len(self.source):
-            raise RuntimeError(
+            raise TooManyUnreadable(
                 f"at most {self.max_bad_fraction:.4g} of the images may be unreadable, got "
                 f"{len(self)} of {len(self.source)}: {self._listing()}; remove or repair them, or "
                 "raise max_bad_fraction"

@@ -29,10 +29,21 @@ from simclr_kernels.doctor import doctor
 from simclr_kernels.evaluate import eval_batches
 from simclr_kernels.models import build_encoder
 from simclr_kernels.params import AugmentParams, sample_params
+from simclr_kernels.pipelines.quarantine import TooManyUnreadable
 from simclr_kernels.report import table
 from simclr_kernels.report_pictures import save_contact_sheet
 from simclr_kernels.runs import augment_config, fit, frozen_accuracy, load_encoder
 from simclr_kernels.trainer import NonFiniteTraining
+
+# what a user can cause: said in one line; anything else keeps its traceback
+EXPECTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    NonFiniteTraining,
+    DamagedCheckpoint,
+    TooManyUnreadable,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = parser.parse_args(_with_settings_of_the_run(arguments))
         _keep_heap()
         return commands[chosen.command](chosen[chosen.command])
-    except (ValueError, OSError, ImportError, NonFiniteTraining, DamagedCheckpoint) as error:
+    except EXPECTED as error:
         print(f"simclr-kernels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

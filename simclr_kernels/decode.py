@@ -32,6 +32,13 @@ DAMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where warnings are errors
 )
+# not all that Pillow reads: some of its plugins start other programs
+Image.init()
+FORMATS = [
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+    if name in Image.OPEN
+]
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,7 +56,7 @@ class DecodeError(ValueError):
 
 
 def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode JPEG, PNG, WebP, BMP, GIF and what else Pillow reads.
+    """Decode JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF or PPM.
 
     Grey and palette images become RGB, CMYK is converted by Pillow's formula without colour
     profiles, 16-bit grey is divided by 257, transparency (alpha channel or transparent colour) is
@@ -69,7 +76,7 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
         DecodeError: data is empty, not an image, truncated, damaged, or above max_pixels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ValueError(

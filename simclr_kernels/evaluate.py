@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from . import reference
-from .decode import DecodeError
+from simclr_kernels import reference
+from simclr_kernels.decode import DecodeError
 
 KNN_TEMPERATURE = 0.07
 KNN_TILE = 2**24  # similarities held at once: 64 MiB
@@ -27,8 +27,6 @@ L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PROBE_STEPS = 100
 PROBE_HISTORY = 10
 BATCHES_AHEAD = 2
-
-# --- features of a source -------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -174,9 +172,6 @@ def extract_features(
     return torch.cat(features), torch.cat(labels)
 
 
-# --- nearest neighbours ---------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20
@@ -220,9 +215,6 @@ def knn_accuracy(
             votes.scatter_add_(1, bank_class[neighbour[:, own]], weight[:, own])
         right += (classes[votes.argmax(1)] == truth).sum()
     return right.item() / len(queries)
-
-
-# --- linear probe ---------------------------------------------------------------------------------
 
 
 def few_labels(labels: Tensor | np.ndarray, per_class: int, seed: int = 0) -> Tensor:
@@ -348,9 +340,6 @@ class _Probe:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight).argmax(1)
-
-
-# --- collapse -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

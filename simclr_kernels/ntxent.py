@@ -68,7 +68,8 @@ def fused_nt_xent(
 
     Returns:
         Scalar, or (M,) for "none"; float32, float64 for float64 z. Differentiable once in z and
-        tau. O(M D) memory; the same bits in every run on one machine, whatever the thread count.
+        tau. O(M D) memory; the same bits in every run on one machine and, in the kernels, whatever
+        the thread count.
 
     Raises:
         ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite,
@@ -118,9 +119,6 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={torch.as_tensor(self.temperature).item():g}"
-
-
-# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check(z: Tensor, pairs: str, reduction: str) -> None:
@@ -178,8 +176,6 @@ def _float32_precision() -> str:
 # what torch.compiler.assume_constant_result sets, without importing all of torch.compile for it
 _float32_precision._dynamo_marked_constant = True
 
-
-# --- the operator ---------------------------------------------------------------------------------
 
 _library = torch.library.Library("simclr_kernels", "DEF")
 _library.define(
@@ -248,7 +244,9 @@ def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, pr
 def _triton_kernels():
     try:
         from simclr_kernels import ntxent_triton
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         raise ImportError(
             "the loss on a GPU needs triton, which comes with torch for CUDA and ROCm: "
             "pip install triton"

@@ -119,9 +119,6 @@ def _ntxent_finish_kernel(
     tl.store(dtau_ptr + offs_m, -0.5 * inv_tau * inv_tau * along, mask=mask_m)
 
 
-# --- launchers ------------------------------------------------------------------------------------
-
-
 def _row_blocks(features: int) -> tuple[int, int]:
     """Rows of a program in the row-by-row kernels, and their width: whole rows."""
     width = triton.next_power_of_2(features)

@@ -217,9 +217,6 @@ def _ntxent_bwd_kernel(
     tl.store(out_ptrs, acc * unscale, mask=mask_m[:, None] & mask_d)
 
 
-# --- launchers ------------------------------------------------------------------------------------
-
-
 def _tiles(dtype: torch.dtype, precision: str, features: int) -> tuple[Tiles, int]:
     """Tiles of the sweeping kernels, and the features in a chunk: 16, tl.dot's least, or more."""
     if dtype != torch.float32:

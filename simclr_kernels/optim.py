@@ -24,8 +24,6 @@ from torch.optim import Optimizer
 VARIANTS = ("simclr", "you2017")
 SCALING_RULES = ("sqrt", "linear")
 
-# --- the optimiser --------------------------------------------------------------------------------
-
 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as the original SimCLR defines it.
@@ -201,9 +199,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": weights, "weight_decay": weight_decay, "adapt": True},
         {"params": others, "weight_decay": 0.0, "adapt": False},
     ]
-
-
-# --- the schedule ---------------------------------------------------------------------------------
 
 
 def training_steps(num_examples: int, batch_size: int, epochs: int) -> int:

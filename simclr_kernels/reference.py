@@ -14,9 +14,6 @@ from torch import Tensor
 SQUARED_NORM_FLOOR = 1e-12
 
 
-# --- the loss -------------------------------------------------------------------------------------
-
-
 def positive_index(rows: int, pairs: str = "halves", device: torch.device | None = None) -> Tensor:
     """(M,) int64: for each of M rows the row that holds the other view of the same image."""
     i = torch.arange(rows, device=device)
@@ -64,8 +61,6 @@ def nt_xent(
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
 
-
-# --- the views ------------------------------------------------------------------------------------
 
 KEYS_A = -0.5  # of the bicubic kernel
 POSITION_BITS = 10  # the original reads its bicubic weights from a table of 1024 steps

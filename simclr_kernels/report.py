@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figure_style import (
+from simclr_kernels.figure_style import (
     BLUE,
     GREEN,
     MUTED,
@@ -33,9 +33,6 @@ from .figure_style import (
 )
 
 NUMBER = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?( ?%| \S+)?|nan")
-
-
-# --- the metrics of a run -------------------------------------------------------------------------
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -169,11 +166,10 @@ def _span(records: list[dict]) -> tuple[float, float]:
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a fiftieth of the run, shorter at both ends."""
-    window = np.ones(2 * (len(values) // 100) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-# --- panels ---------------------------------------------------------------------------------------
+    i, half = np.arange(len(values)), len(values) // 100
+    first, end = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[end] - total[first]) / (end - first)
 
 
 def _draw_loss(axes: Axes, steps: list[dict]) -> None:
@@ -280,9 +276,6 @@ def _set_epochs(axes: Axes, left: float, right: float) -> None:
 def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_yticks([])
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def table(rows: Iterable[Sequence], header: Sequence[str], *, markdown: bool = False) -> str:

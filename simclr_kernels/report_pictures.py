@@ -21,7 +21,7 @@ from matplotlib.transforms import IdentityTransform
 from PIL import Image
 from torch import Tensor
 
-from .figure_style import (
+from simclr_kernels.figure_style import (
     BLUE,
     CLASS_COLORS,
     DPI,
@@ -35,8 +35,6 @@ LINE = 26
 CAPTION_CHARACTERS = 30
 MAX_EMBEDDED = 1500
 MAX_CLASSES = 2 * len(CLASS_COLORS)
-
-# --- pictures of views ----------------------------------------------------------------------------
 
 
 class _Sheet:
@@ -241,9 +239,6 @@ def _fit(image: np.ndarray | Tensor, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
-# --- features -------------------------------------------------------------------------------------
-
-
 def save_embedding(
     features: Tensor,
     labels: Tensor,
@@ -328,7 +323,8 @@ def _tsne(x: Tensor, steps: int = 400) -> Tensor:
         low, high = torch.where(too_wide, beta, low), torch.where(too_wide, high, beta)
     p = (p + p.T) / (2 * n)
     centred = x - x.mean(0)
-    y = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:]
+    left, scale, _ = torch.linalg.svd(centred, full_matrices=False)
+    y = left[:, :2] * scale[:2]
     y, velocity = 1e-4 * y / y.std().clamp_min(1e-12), torch.zeros_like(y)
     exaggerated = 12 * p
     for step in range(steps):

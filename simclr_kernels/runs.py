@@ -205,11 +205,11 @@ def frozen_accuracy(
     bank, bank_labels = extract_features(encode, _shown("training images", train_batches))
     queries, labels = extract_features(encode, _shown("test images", test_batches))
     result = {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=k)}
+    if probe and labels_per_class is not None:
+        few = few_labels(bank_labels, labels_per_class, seed=0)
+        result["linear_probe_few"] = linear_probe(bank[few], bank_labels[few], queries, labels)
     if probe:
         result["linear_probe"] = linear_probe(bank, bank_labels, queries, labels)
-        if labels_per_class is not None:
-            few = few_labels(bank_labels, labels_per_class, seed=0)
-            result["linear_probe_few"] = linear_probe(bank[few], bank_labels[few], queries, labels)
     return result
 
 

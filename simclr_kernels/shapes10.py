@@ -57,15 +57,17 @@ def render(split: str, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     words = np.random.Philox(key=np.array([seed, list(SPLITS).index(split)], np.uint64))
     u = _uniform(words, n, 4 + 3 + 3 * COLOR_DRAWS)
     colors = _colors(u[:, 4:7], u[:, 7:].reshape(n, COLOR_DRAWS, 3))
-    noise = _noise(words, (n, size, size, 3))
     images = np.empty((n, size, size, 3), np.uint8)
-    for kind in range(len(CLASSES)):
-        members = np.flatnonzero(labels == kind)
-        for block in np.split(members, range(BLOCK, len(members), BLOCK)):
-            cover = _coverage(kind, u[block, :4], size)[..., None]  # [n, size, size, 1]
-            background, foreground = colors[0, block], colors[1, block]  # [n, 1, 1, 3]
-            image = background + cover * (foreground - background) + noise[block]
-            images[block] = (image.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    for start in range(0, n, BLOCK):
+        block = np.arange(start, min(start + BLOCK, n))
+        cover = np.empty((len(block), size, size), np.float32)
+        for kind in range(len(CLASSES)):
+            members = np.flatnonzero(labels[block] == kind)
+            cover[members] = _coverage(kind, u[block[members], :4], size)
+        background, foreground = colors[0, block], colors[1, block]  # [n, 1, 1, 3]
+        image = background + cover[..., None] * (foreground - background)
+        image += _noise(words, image.shape)
+        images[block] = (image.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     return images, labels
 
 

@@ -278,6 +278,8 @@ def _evaluate(
     model: SimCLR, bank: FeatureBank, validation: Iterable[tuple[Tensor, Tensor]] | None
 ) -> dict[str, float]:
     features, labels = bank.filled()
+    if not len(features):  # every step so far was skipped
+        return {}
     metrics = {"effective_rank": float(effective_rank(features))}
     labelled = labels >= 0
     if validation is not None and labelled.any():

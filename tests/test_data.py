@@ -32,9 +32,6 @@ def save_parquet(path, values):
     pq.write_table(pa.table({"image": [bytes([v]) for v in values]}), path)
 
 
-# --- arrays ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
 def test_arrays_keep_pixels_and_labels(kind):
     source = ArrayImages(kind(PIXELS), kind(LABELS[:, None]), ["even", "odd"])
@@ -96,9 +93,6 @@ def test_fingerprint_changes_with_pixels_labels_and_length():
     ]
     assert len({source.fingerprint() for source in sources}) == len(sources)
     assert ArrayImages(PIXELS.copy()).fingerprint() == sources[0].fingerprint()
-
-
-# --- subsets and splits ---------------------------------------------------------------------------
 
 
 def test_subset_renumbers_items_labels_and_names():
@@ -163,9 +157,6 @@ def test_split_without_labels_is_random():
 def test_split_fraction_is_checked(fraction, message):
     with pytest.raises(ValueError, match=message):
         split_source(ArrayImages(PIXELS), fraction)
-
-
-# --- open_source ----------------------------------------------------------------------------------
 
 
 def test_shapes10_opens_by_name():

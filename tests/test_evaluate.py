@@ -27,9 +27,6 @@ def clusters(n, width=8, classes=4, distance=6.0, seed=0):
     return x, labels
 
 
-# --- nearest neighbours ---------------------------------------------------------------------------
-
-
 def knn_by_loops(bank, bank_labels, queries, labels, k):
     """The rule of knn_accuracy in float64, one query and one neighbour at a time."""
     right = 0
@@ -108,9 +105,6 @@ def test_knn_refuses_what_does_not_fit(bank, bank_labels, queries, labels, k, me
             torch.zeros(labels, dtype=torch.int64),
             k,
         )
-
-
-# --- linear probe ---------------------------------------------------------------------------------
 
 
 def test_probe_separates_what_is_separable():
@@ -212,9 +206,6 @@ def test_few_labels_refuse_a_class_that_is_too_small():
         few_labels(labels, 4)
     with pytest.raises(ValueError, match="per_class must be at least 1, got 0"):
         few_labels(labels, 0)
-
-
-# --- features of a source -------------------------------------------------------------------------
 
 
 class Images:
@@ -370,9 +361,6 @@ def test_plain_function_encodes_too_and_half_precision_becomes_float32():
     assert features.dtype == torch.float32
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         extract_features(lambda x: x, [])
-
-
-# --- collapse -------------------------------------------------------------------------------------
 
 
 def test_effective_rank_counts_the_directions_in_use():

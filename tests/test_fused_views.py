@@ -77,9 +77,6 @@ class TestFusedViewsWithoutThreads(PipelineContract):
         return FusedViews(source, CONFIG, batch_size, workers=0, cache_gib=0, **options)
 
 
-# --- order ----------------------------------------------------------------------------------------
-
-
 def test_epoch_order_is_a_pinned_permutation():
     assert epoch_order(8, seed=0, epoch=0).tolist() == [6, 1, 0, 3, 7, 2, 4, 5]
     assert epoch_order(8, seed=2**40 + 1, epoch=7).tolist() == [1, 5, 7, 2, 0, 3, 6, 4]
@@ -103,9 +100,6 @@ def test_ranks_share_an_epoch_without_overlap(folder):
         shares.append([i for batch in pipeline for i in batch.index.tolist()])
     assert len(pipeline) == 3
     assert shares == [epoch_order(N, 1, 0)[rank::2].tolist() for rank in range(2)]
-
-
-# --- same bits ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,9 +162,6 @@ def test_batches_on_a_gpu_are_the_same_by_every_route(folder):
     assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
     for run in runs[1:]:
         assert_same_batches(run, runs[0])
-
-
-# --- cache and threads ----------------------------------------------------------------------------
 
 
 def test_cached_images_are_decoded_once():
@@ -292,9 +283,6 @@ def test_interrupt_ends_a_run_that_waits_for_data(tmp_path):
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -314,9 +302,6 @@ def test_arguments_are_checked(folder, options, message):
 def test_epoch_must_fit_the_counter(folder):
     with pytest.raises(ValueError, match=r"epoch must be at least 0 and below 2\^32, got -1"):
         FusedViews(folder, CONFIG, 8).set_epoch(-1)
-
-
-# --- real images ----------------------------------------------------------------------------------
 
 
 def test_photos_pass_through_whole():

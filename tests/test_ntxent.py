@@ -60,9 +60,6 @@ def gradient_scale(z, tau):
     return exact if exact > 1e-5 * terms.norm() else terms.norm()
 
 
-# --- accuracy -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("instruction_set", CPU_INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.regime)
 def test_loss_and_gradients_are_as_accurate_as_those_of_the_reference(case, instruction_set):
@@ -161,9 +158,6 @@ def test_upstream_gradient_of_any_size_keeps_its_digits(size):
     assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
 
-# --- properties -----------------------------------------------------------------------------------
-
-
 def test_identical_rows_lose_the_log_of_the_number_of_candidates():
     loss = fused_nt_xent(torch.ones(130, 33), 0.2)
     assert loss.item() == pytest.approx(math.log(129), rel=1e-6)
@@ -245,9 +239,6 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(rows):
     torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
-
-
-# --- memory and processes -------------------------------------------------------------------------
 
 
 def run(program):

@@ -144,8 +144,6 @@ def test_module_equals_the_function_and_learns_its_temperature():
     assert repr(learnable) == "NTXentLoss(temperature=0.2)"
 
 
-# --- errors ---------------------------------------------------------------------------------------
-
 Z = torch.zeros(4, 3)
 
 

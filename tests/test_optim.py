@@ -18,8 +18,6 @@ from simclr_kernels.optim import (
     warmup_steps,
 )
 
-# --- LARS -----------------------------------------------------------------------------------------
-
 
 def excluded(name, patterns):
     return bool(patterns) and re.search(patterns, name) is not None
@@ -249,9 +247,6 @@ def test_values_of_a_single_group_are_checked_too():
         LARS([{"params": [nn.Parameter(torch.ones(2))], "weight_decay": -1}], lr=0.1)
 
 
-# --- parameter groups -----------------------------------------------------------------------------
-
-
 def test_groups_split_weights_from_biases_and_norms_by_kind_of_layer():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -281,9 +276,6 @@ def test_groups_name_shared_parameters_once_and_leave_frozen_ones_out():
     weights, others = parameter_groups(model, 0.0)
     assert len(weights["params"]) == 1
     assert len(others["params"]) == 2
-
-
-# --- the schedule ---------------------------------------------------------------------------------
 
 
 def test_schedule_agrees_with_the_original():
