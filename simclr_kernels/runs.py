@@ -204,11 +204,13 @@ def frozen_accuracy(
     """
     bank, bank_labels = extract_features(encode, _shown("training images", train_batches))
     queries, labels = extract_features(encode, _shown("test images", test_batches))
+    _say(f"kNN: {len(labels)} images against {len(bank_labels)}, {bank.shape[1]} features")
     result = {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=k)}
     if probe and labels_per_class is not None:
         few = few_labels(bank_labels, labels_per_class, seed=0)
         result["linear_probe_few"] = linear_probe(bank[few], bank_labels[few], queries, labels)
     if probe:
+        _say(f"linear probe: {len(bank_labels)} images")
         result["linear_probe"] = linear_probe(bank, bank_labels, queries, labels)
     return result
 
@@ -217,6 +219,10 @@ def _shown(what: str, batches: Any) -> Any:
     """The batches, with progress on standard error: a bar, or a line now and then in a log."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(batches, desc=what, unit="batch", mininterval=interval, leave=False)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _draw_views(source: Any, views: AugmentConfig, seed: int, path: Path) -> None:

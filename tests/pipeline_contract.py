@@ -13,6 +13,7 @@ from PIL import Image
 
 from simclr_kernels.data import ImageFolder, ParquetImages
 from simclr_kernels.pipelines import epoch_order
+from simclr_kernels.pipelines.quarantine import TooManyUnreadable
 
 N, B, SIDE = 30, 8, 16  # images, batch size, side of the views
 # neighbours in the order of epoch 0, seed 0, in the first batch: two unreadable images in a row
@@ -258,5 +259,5 @@ class PipelineContract:
 
     def test_source_without_a_readable_image_stops_the_run(self, tmp_path):
         source = ImageFolder(write_images(tmp_path, tuple(range(N))))
-        with pytest.raises(RuntimeError, match="no image of the source is readable"):
+        with pytest.raises(TooManyUnreadable, match="no image in the order is readable"):
             list(self.make(source, B, max_bad_fraction=1.0))
