@@ -78,15 +78,20 @@ def test_train_leaves_a_whole_run_folder_and_eval_reads_it(run, data):
     lines = out.splitlines()
     assert lines[0] == "96 training images, 40 test images"
     assert lines[1].split("  ")[0] == "accuracy in %"
-    assert [line.split("  ")[0] for line in lines[3:]] == ["raw pixels", "random small", "a/run"]
-    assert all(0 <= float(cell) <= 100 for cell in lines[-1].split()[1:])
+    rows = {line.split("  ")[0]: line.split()[1:] for line in lines[3:6]}
+    assert list(rows) == ["raw pixels", "random small", "a/run"]
+    assert all(0 <= float(cell) <= 100 for cell in rows["a/run"])
+    assert lines[6] == "in a/run/eval.json"
+    accuracy = json.loads(Path("a/run/eval.json").read_text())["accuracy"]["a/run"]
+    assert [f"{100 * accuracy[name]:.1f}" for name in ("knn", "linear_probe")] == rows["a/run"][:2]
 
 
 def test_eval_of_the_exported_encoder_alone_gives_the_same_figures(run, data):
     run(f"train --data data --epochs 1 {SMALL} --run_dir r")
-    whole = run("eval r --data data")[1].splitlines()[-1].split()[1:]
+    whole = run("eval r --data data")[1].splitlines()[3].split()[1:]
     Path("r/encoder.safetensors").rename("elsewhere.safetensors")
-    assert run("eval elsewhere.safetensors --data data")[1].splitlines()[-1].split()[1:] == whole
+    alone = run("eval elsewhere.safetensors --data data")[1].splitlines()[3].split()[1:]
+    assert alone == whole
 
 
 def test_settings_come_from_yaml_flags_and_the_run_itself(run, data):
@@ -130,7 +135,7 @@ def test_print_config_shows_every_setting(run, capsys):
             "strength goes with simclr, simclr_v1 and torchvision, got 'moco_v2'",
         ),
         ("train --data shapes10 --batch_size 5000 --run_dir r", "got batch_size 5000 and 4096"),
-        ("eval r --data shapes10", "no encoder at r/encoder.safetensors"),
+        ("eval r --data shapes10", "no encoder at r: name a run folder"),
         ("views nothing.jpg", "No such file or directory: 'nothing.jpg'"),
     ],
 )
@@ -185,7 +190,7 @@ def test_doctor_says_what_runs_where(run):
     status, out, _ = run("doctor")
     assert status == 0
     assert "simclr_kernels 0." in out
-    assert [line.split()[0] for line in out.splitlines()].count("fused_nt_xent") == 3
+    assert [line.split("  ")[0] for line in out.splitlines()].count("fused_nt_xent") == 3
 
 
 def test_demo_prints_a_row_for_each_variant_and_leaves_its_figures(run):
@@ -217,7 +222,7 @@ def test_the_cifar10_recipe_trains_on_the_real_files(run, tmp_path):
     status, out, err = run("eval r --data cifar")
     assert status == 0, err
     # chance is 10 %, raw pixels of so few images give about 20 %
-    assert float(out.splitlines()[-1].split()[1]) > 15
+    assert float(out.splitlines()[3].split()[1]) > 15
 
 
 def test_all_imagenet_photos_train(run):

@@ -44,8 +44,10 @@ def test_matmul_precision_is_read_as_torch_has_it_also_by_the_compiler():
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "simclr_kernels.ntxent_triton", None)
-    monkeypatch.delattr("simclr_kernels.ntxent_triton", raising=False)
+    for name in ("ntxent_triton", "ntxent_rows_triton"):
+        monkeypatch.delitem(sys.modules, f"simclr_kernels.{name}", raising=False)
+        monkeypatch.delattr(f"simclr_kernels.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="needs triton.*pip install triton"):
         ntxent._triton_kernels()
 
