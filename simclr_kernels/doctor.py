@@ -47,14 +47,16 @@ def _gpus() -> str:
 
 
 def _operations() -> list[list[str]]:
-    native = _C.__doc__.split(".")[0]
-    gpu = "cuda" if torch.cuda.is_available() else "cuda (none here)"
-    reference = "torch reference, batched"
+    instructions = _C.ntxent_instruction_sets()[0]
+    gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
+    triton = _version("triton")
+    if triton == "not installed":
+        gpu += ", and triton is missing"
     return [
-        ["fused_nt_xent", "cpu", "C++", f"simclr_kernels._C is built: {native}"],
-        ["fused_nt_xent", gpu, "Triton", "comes with a GPU build of torch"],
+        ["fused_nt_xent", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
+        ["fused_nt_xent", "cuda", "Triton", gpu],
         ["fused_nt_xent", "others, float64", "torch, in row blocks", "no kernel for them"],
-        ["views", "every device", reference, "their kernels are not written yet"],
+        ["views", "all", "torch reference, batched", "kernels of their own are not written yet"],
         ["decoding", "cpu", "Pillow, in threads", "GPU decoding is not written yet"],
-        ["encoder", "every device", "torch", "bfloat16 and torch.compile where a GPU is"],
+        ["encoder", "all", "torch", "bfloat16 and torch.compile by default on a GPU"],
     ]

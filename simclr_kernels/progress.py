@@ -81,7 +81,13 @@ class Progress:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total,
+                initial=done,
+                desc=label,
+                dynamic_ncols=True,
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:12}| {elapsed}<{remaining}{postfix}",
+            )
 
     def __enter__(self) -> Progress:
         return self
