@@ -148,7 +148,7 @@ def _train(parser: ArgumentParser, arguments: Namespace) -> int:
     if result.stopped_by:
         print(f"stopped by {result.stopped_by}; simclr-kernels train --resume {run_dir} continues")
         return 128 + signal.Signals[result.stopped_by]
-    print(f"next: simclr-kernels eval {run_dir} --data {config.data}")
+    print(f"next: simclr-kernels eval {run_dir} --data {config.data} (or other labelled images)")
     return 0
 
 

@@ -27,3 +27,9 @@ def shared_path(name: str) -> Path:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Plain `pytest` runs no benchmark; `pytest --benchmark-only` runs nothing else."""
+    if not config.getoption("benchmark_only"):
+        items[:] = [item for item in items if not item.path.name.startswith("bench_")]
