@@ -192,7 +192,21 @@ def _row_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
+def _by_row(z, *values):
+    """dloss and what forward kept of each row, as the kernels read them: by address."""
+    rows = z.shape[0]
+    for x in values:
+        if x.shape != (rows,):
+            raise ValueError(
+                "dloss, top, mass and negative_share must have one element for each of "
+                f"{rows} rows, got shape {tuple(x.shape)}"
+            )
+    return [x.detach().to(z.device, _row_dtype(z)).contiguous() for x in values]
+
+
 def _forward_cpu(z, tau, pairs, normalize, precision):
+    # the operator may be called without the public function
+    _check(z, pairs, "none")
     _check_tau(tau.item())
     if z.dtype == torch.float64:
         return _forward_tiles(z, tau, pairs, normalize, precision)
@@ -217,12 +231,13 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
 
 
 def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
+    _check(z, pairs, "none")
     if z.dtype == torch.float64:
         kept = (top, mass, negative_share)
         return _backward_tiles(dloss, z, tau, *kept, pairs, normalize, precision)
     rows, features = z.shape
     rows_of_z = z.detach().contiguous().float()
-    dloss = dloss.contiguous()
+    dloss, top, mass, negative_share = _by_row(z, dloss, top, mass, negative_share)
     dz = rows_of_z.new_empty(rows, features)
     dtau = _C.ntxent_backward(
         rows_of_z.data_ptr(),
@@ -254,19 +269,22 @@ def _triton_kernels():
     return ntxent_triton
 
 
-def _forward_cuda(z, *rest):
+def _forward_cuda(z, tau, pairs, *rest):
+    _check(z, pairs, "none")
     if z.dtype == torch.float64:
-        return _forward_tiles(z, *rest)
+        return _forward_tiles(z, tau, pairs, *rest)
     # triton launches on the current device
     with torch.cuda.device(z.device):
-        return _triton_kernels().forward(z, *rest)
+        return _triton_kernels().forward(z, tau, pairs, *rest)
 
 
-def _backward_cuda(dloss, z, *rest):
+def _backward_cuda(dloss, z, tau, top, mass, negative_share, pairs, *rest):
+    _check(z, pairs, "none")
+    dloss, *kept = _by_row(z, dloss, top, mass, negative_share)
     if z.dtype == torch.float64:
-        return _backward_tiles(dloss, z, *rest)
+        return _backward_tiles(dloss, z, tau, *kept, pairs, *rest)
     with torch.cuda.device(z.device):
-        return _triton_kernels().backward(dloss, z, *rest)
+        return _triton_kernels().backward(dloss, z, tau, *kept, pairs, *rest)
 
 
 def _tau_beside(z, tau):

@@ -4,12 +4,18 @@
     backward    sum_w_i = sum_j w_ij z^_j                 over the negatives; then, row by row,
                 sum_w_i += w_ip (z^_p - z^_i)             and the Jacobian of the normalisation
 
+Rows rounded to 16 bits or TF32 are stretched back to their length: see ntxent_rows_triton.py.
 Unit rows are at most 1 in similarity, so from tau = 0.0128 on m_i is the constant max(c - 100, 0):
 then c s - m lies in [-126, 100] and neither a term nor a sum of 2^27 of them leaves float32.
 Otherwise m_i is a running maximum. A program owns BLOCK_M rows, sweeps the columns in tiles of
 BLOCK_N, and is the only writer of its rows: no atomics, the same bits in every run. Similarities
 exist as tiles only. Besides its operands a call allocates the unit rows, and in backward (M, D)
-float32. Rows of z are read M / BLOCK_M times, from the second-level cache at usual sizes.
+float32.
+
+Forward reads every row M / BLOCK_M times as a column, and a program its own rows again with every
+tile. A program of backward owns one chunk of BLOCK_D features, and recomputes all similarities for
+it: with C = D / BLOCK_D chunks, C times the reads and 2 M^2 D FLOPs of forward, and each row once
+more for the product, M / BLOCK_M times. BLOCK_D is at most 32 in "ieee": C is 4 at D = 128.
 """
 
 from __future__ import annotations
@@ -59,16 +65,18 @@ def _shift(inv_tau):
 @triton.jit
 def _similarity(
     z_ptr,
+    stretch_ptr,
     offs_m,
     offs_n,
     M,
     D: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of similarities, by chunks of BLOCK_D features."""
+    """One tile of similarities, by chunks of BLOCK_D features; the rows not yet stretched."""
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
@@ -78,7 +86,18 @@ def _similarity(
         z_m = tl.load(m_ptrs, mask=(offs_m < M)[:, None] & mask_d, other=0.0)
         z_n = tl.load(n_ptrs, mask=(offs_n < M)[:, None] & mask_d, other=0.0)
         s = tl.dot(z_m, tl.trans(z_n), s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if ROUNDED:
+        s *= tl.load(stretch_ptr + offs_n, mask=offs_n < M, other=0.0)[None, :]
     return s
+
+
+@triton.jit
+def _row_scale(stretch_ptr, offs_m, M, inv_tau, ROUNDED: tl.constexpr):
+    """What makes logits in base 2 of a row's similarities, and stretches the row."""
+    scale = tl.zeros(offs_m.shape, tl.float32) + inv_tau * LOG2E
+    if ROUNDED:
+        scale *= tl.load(stretch_ptr + offs_m, mask=offs_m < M, other=0.0)
+    return scale[:, None]
 
 
 @triton.jit
@@ -100,6 +119,7 @@ def _log1p(x):
 @triton.jit
 def _ntxent_fwd_kernel(
     z_ptr,  # (M, D) unit rows, contiguous
+    stretch_ptr,  # (M,) float32: of the rows, if ROUNDED
     tau_ptr,  # ()
     pos_ptr,  # (M,) float32: logit of the positive
     loss_ptr,  # (M,) float32, out
@@ -110,6 +130,7 @@ def _ntxent_fwd_kernel(
     D: tl.constexpr,
     BOUNDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,15 +139,18 @@ def _ntxent_fwd_kernel(
     """One program owns BLOCK_M rows and sums the negatives of all columns, in base 2."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inv_tau = inverse_tau(tau_ptr)
+    scale = _row_scale(stretch_ptr, offs_m, M, inv_tau, ROUNDED)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if BOUNDED:
         m_i = tl.zeros((BLOCK_M,), tl.float32) + _shift(inv_tau)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     for start_n in range(0, M, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        s = _similarity(z_ptr, offs_m, offs_n, M, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        s = _similarity(
+            z_ptr, stretch_ptr, offs_m, offs_n, M, D, ROUNDED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+        )
         negative = _is_negative(offs_m, offs_n, M, INTERLEAVED)
-        logits = tl.where(negative, s * (inv_tau * LOG2E), float("-inf"))
+        logits = tl.where(negative, s * scale, float("-inf"))
         if not BOUNDED:
             # finite, so that a row without negatives so far does not subtract infinities
             m_new = tl.maximum(tl.maximum(m_i, tl.max(logits, 1)), -3.4e38)
@@ -165,6 +189,7 @@ def _power_of_two(g_max_ptr):
 @triton.jit
 def _ntxent_bwd_kernel(
     z_ptr,  # (M, D) unit rows, contiguous
+    stretch_ptr,  # (M,) float32: of the rows, if ROUNDED
     tau_ptr,  # ()
     top_ptr,  # (M,) float32
     mass_ptr,  # (M,) float32
@@ -175,6 +200,7 @@ def _ntxent_bwd_kernel(
     D: tl.constexpr,
     BOUNDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
     W_EXPONENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -188,19 +214,22 @@ def _ntxent_bwd_kernel(
     mask_d = offs_d[None, :] < D
     inv_tau = inverse_tau(tau_ptr)
     shift = _shift(inv_tau)
-    scale, unscale = _power_of_two(g_max_ptr)
+    scale = _row_scale(stretch_ptr, offs_m, M, inv_tau, ROUNDED)
+    up, down = _power_of_two(g_max_ptr)
     top_m = tl.load(top_ptr + offs_m, mask=mask_m, other=0.0)
-    r_m = tl.load(dloss_ptr + offs_m, mask=mask_m, other=0.0) * scale
+    r_m = tl.load(dloss_ptr + offs_m, mask=mask_m, other=0.0) * up
     r_m /= tl.load(mass_ptr + offs_m, mask=mask_m, other=1.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_n in range(0, M, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < M
-        r_n = tl.load(dloss_ptr + offs_n, mask=mask_n, other=0.0) * scale
+        r_n = tl.load(dloss_ptr + offs_n, mask=mask_n, other=0.0) * up
         r_n /= tl.load(mass_ptr + offs_n, mask=mask_n, other=1.0)
-        s = _similarity(z_ptr, offs_m, offs_n, M, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-        logits = s * (inv_tau * LOG2E) + W_EXPONENT
+        s = _similarity(
+            z_ptr, stretch_ptr, offs_m, offs_n, M, D, ROUNDED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+        )
+        logits = s * scale + W_EXPONENT
         if BOUNDED:
             w = tl.exp2(logits - shift) * (r_m[:, None] + r_n[None, :])
         else:
@@ -208,13 +237,15 @@ def _ntxent_bwd_kernel(
             w = tl.exp2(logits - top_m[:, None]) * r_m[:, None]
             w += tl.exp2(logits - top_n[None, :]) * r_n[None, :]
         w = tl.where(_is_negative(offs_m, offs_n, M, INTERLEAVED), w, 0.0)
+        if ROUNDED:
+            w *= tl.load(stretch_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         z_ptrs = z_ptr + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
         z_n = tl.load(z_ptrs, mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.dot(w.to(z_n.dtype), z_n, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
 
     out_ptrs = sum_w_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
-    unscale *= 1.0 / (1 << W_EXPONENT)
-    tl.store(out_ptrs, acc * unscale, mask=mask_m[:, None] & mask_d)
+    down *= 1.0 / (1 << W_EXPONENT)
+    tl.store(out_ptrs, acc * down, mask=mask_m[:, None] & mask_d)
 
 
 def _tiles(dtype: torch.dtype, precision: str, features: int) -> tuple[Tiles, int]:
@@ -224,6 +255,11 @@ def _tiles(dtype: torch.dtype, precision: str, features: int) -> tuple[Tiles, in
     else:
         tiles = IEEE_TILES if precision == "ieee" else TF32_TILES
     return tiles, min(max(triton.next_power_of_2(features), 16), tiles.max_block_d)
+
+
+def _is_rounded(dtype: torch.dtype, precision: str) -> bool:
+    """Whether tl.dot multiplies rows of fewer digits than float32 has."""
+    return dtype != torch.float32 or precision == "tf32"
 
 
 def _operands(z: Tensor, tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor, bool]:
@@ -240,12 +276,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, top, mass, negative_share) of each row: the operator `ntxent`. See fused_nt_xent."""
     z, tau, bounded = _operands(z, tau, normalize)
-    z_hat, pos = launch_unit_rows(z, tau, pairs, normalize)
+    rounded = _is_rounded(z.dtype, precision)
+    z_hat, stretch, pos = launch_unit_rows(z, tau, pairs, normalize, rounded)
     rows, features = z.shape
     tiles, chunk = _tiles(z.dtype, precision, features)
     loss, top, mass, negative_share = (torch.empty_like(pos) for _ in range(4))
     _ntxent_fwd_kernel[(triton.cdiv(rows, tiles.BLOCK_M),)](
         z_hat,
+        stretch,
         tau,
         pos,
         loss,
@@ -256,6 +294,7 @@ def forward(
         D=features,
         BOUNDED=bounded,
         INTERLEAVED=pairs == "interleaved",
+        ROUNDED=rounded,
         PRECISION=precision,
         BLOCK_M=tiles.BLOCK_M,
         BLOCK_N=tiles.BLOCK_N,
@@ -281,13 +320,14 @@ def backward(
     """(dz, dtau): the operator `ntxent_backward`. See fused_nt_xent."""
     tau_operand = tau
     z, tau, bounded = _operands(z, tau, normalize)
-    z_hat, _ = launch_unit_rows(z, tau, pairs, normalize)
-    dloss = dloss.contiguous()
+    rounded = _is_rounded(z.dtype, precision)
+    z_hat, stretch, _ = launch_unit_rows(z, tau, pairs, normalize, rounded)
     rows, features = z.shape
     tiles, chunk = _tiles(z.dtype, precision, features)
     sum_w = torch.empty(rows, features, dtype=torch.float32, device=z.device)
     _ntxent_bwd_kernel[(triton.cdiv(rows, tiles.BLOCK_M), triton.cdiv(features, chunk))](
         z_hat,
+        stretch,
         tau,
         top,
         mass,
@@ -298,6 +338,7 @@ def backward(
         D=features,
         BOUNDED=bounded,
         INTERLEAVED=pairs == "interleaved",
+        ROUNDED=rounded,
         PRECISION=precision,
         # with dloss scaled to 2 at most a weight is at most 4; times 2^13 it fits float16, and the
         # weights of negatives do not vanish there
@@ -309,7 +350,7 @@ def backward(
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
     )
-    dz, dtau = launch_finish(dloss, z, tau, negative_share, sum_w, pairs, normalize)
+    dz, dtau = launch_finish(dloss, z, tau, negative_share, sum_w, pairs, normalize, rounded)
     if tau_operand.device != z.device:
         # tau came as a number: nobody asks, and to answer would wait for the device
         return dz, torch.full_like(tau_operand, float("nan"))

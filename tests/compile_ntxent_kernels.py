@@ -1,7 +1,8 @@
 """Compiles what the launchers of ntxent_triton launch for GPU targets, without a GPU.
 
 Run as a program, without TRITON_INTERPRET: `python compile_ntxent_kernels.py sm_90 gfx942`. Prints
-one JSON line per kernel and configuration: registers, spilled bytes, shared memory.
+one JSON line per kernel and configuration: registers, spilled bytes, shared memory, and how many of
+the instructions are matrix products on tensor cores.
 """
 
 import json
@@ -28,18 +29,26 @@ JIT_FUNCTIONS = [getattr(module, name) for module, name in KERNELS]
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|v_mfma_\w+)\b")
+
 # dtype, precision, features, pairs, tau: every kernel for every tile table, on sm_90
-ALL = [
-    (torch.float32, "ieee", 128, "halves", 0.1),
-    (torch.float32, "ieee", 33, "interleaved", 0.005),
-    (torch.float32, "tf32", 128, "halves", 0.1),
-    (torch.float32, "tf32", 128, "halves", 0.005),
-    (torch.float16, "ieee", 128, "halves", 0.1),
-    (torch.float16, "ieee", 128, "halves", 0.005),
-    (torch.bfloat16, "ieee", 128, "halves", 0.1),
-    (torch.bfloat16, "ieee", 2048, "halves", 0.1),
-]
-ONE_OF_EACH = [(torch.float16, "ieee", 128, "halves", 0.1)]
+HALF = (torch.float16, "ieee", 128, "halves", 0.1)
+TF32 = (torch.float32, "tf32", 128, "halves", 0.1)
+CONFIGURATIONS = {
+    "sm_80": [HALF, TF32],
+    "sm_90": [
+        (torch.float32, "ieee", 128, "halves", 0.1),
+        (torch.float32, "ieee", 33, "interleaved", 0.005),
+        TF32,
+        (torch.float32, "tf32", 128, "halves", 0.005),
+        HALF,
+        (torch.float16, "ieee", 128, "halves", 0.005),
+        (torch.bfloat16, "ieee", 128, "halves", 0.1),
+        (torch.bfloat16, "ieee", 2048, "halves", 0.1),
+    ],
+    "sm_100": [HALF, TF32],
+    "gfx942": [HALF],
+}
 
 
 class Compile:
@@ -71,19 +80,24 @@ class Compile:
 
 
 def resources(asm):
-    """Registers and bytes of spills, from the machine code."""
+    """Registers, bytes of spills and tensor-core instructions, from the machine code."""
     if "cubin" not in asm:
         text = asm["amdgcn"]
         spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", text)
         registers = re.search(r"\.vgpr_count:\s*(\d+)", text)[1]
-        return {"registers": int(registers), "spills": 4 * sum(map(int, spills))}
+        found = {"registers": int(registers), "spills": 4 * sum(map(int, spills))}
+        return found | {"tensor_cores": len(TENSOR_CORES.findall(text))}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
+        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+    return {
+        "registers": found["REG"],
+        "spills": found["STACK"] + found["LOCAL"],
+        "tensor_cores": len(TENSOR_CORES.findall(text)),
+    }
 
 
 def compile_all(architecture):
@@ -91,9 +105,9 @@ def compile_all(architecture):
         target = GPUTarget("cuda", int(architecture[3:]), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    for dtype, precision, features, pairs, tau in ALL if architecture == "sm_90" else ONE_OF_EACH:
+    for dtype, precision, features, pairs, tau in CONFIGURATIONS[architecture]:
         label = {"target": architecture, "dtype": str(dtype), "precision": precision}
-        label |= {"features": features, "tau": tau}
+        label |= {"features": features, "pairs": pairs, "tau": tau}
         for (module, name), kernel in zip(KERNELS, JIT_FUNCTIONS, strict=True):
             setattr(module, name, Compile(kernel, target, label | {"kernel": name}))
         z = torch.zeros(256, features, dtype=dtype)

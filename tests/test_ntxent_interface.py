@@ -21,6 +21,33 @@ def test_opcheck_accepts_both_operators():
     torch.library.opcheck(torch.ops.simclr_kernels.ntxent_backward.default, operands)
 
 
+def test_backward_operator_takes_what_forward_kept_in_any_layout_and_dtype():
+    z, tau, flags = torch.randn(34, 16), torch.tensor(0.3), ("halves", True, "ieee")
+    loss, *kept = torch.ops.simclr_kernels.ntxent(z, tau, *flags)
+    plain = torch.ops.simclr_kernels.ntxent_backward(loss, z, tau, *kept, *flags)
+    strided = [torch.stack((x, x.new_full((34,), math.nan)), 1)[:, 0] for x in (loss, *kept)]
+    double = [x.double() for x in (loss, *kept)]
+    for dloss, *others in (strided, double):
+        again = torch.ops.simclr_kernels.ntxent_backward(dloss, z, tau, *others, *flags)
+        assert all(map(torch.equal, again, plain))
+
+
+def test_operators_refuse_rows_that_the_kernels_would_read_out_of_bounds():
+    z, tau, flags = torch.randn(6, 4), torch.tensor(0.3), ("interleaved", True, "ieee")
+    rows = torch.ones(6)
+    with pytest.raises(ValueError, match="even number of rows .* got 5"):
+        torch.ops.simclr_kernels.ntxent(z[:5], tau, *flags)
+    with pytest.raises(ValueError, match="even number of rows .* got 5"):
+        torch.ops.simclr_kernels.ntxent_backward(
+            rows[:5], z[:5], tau, rows[:5], rows[:5], rows[:5], *flags
+        )
+    for k in range(4):
+        four = [rows] * 4
+        four[k] = rows[:4]
+        with pytest.raises(ValueError, match=r"each of 6 rows, got shape \(4,\)"):
+            torch.ops.simclr_kernels.ntxent_backward(four[0], z, tau, *four[1:], *flags)
+
+
 def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
     loss = NTXentLoss(0.2, learnable=True)
     learnable = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
