@@ -194,12 +194,11 @@ def _row_dtype(z: Tensor) -> torch.dtype:
 
 def _by_row(z, *values):
     """dloss and what forward kept of each row, as the kernels read them: by address."""
-    rows = z.shape[0]
     for x in values:
-        if x.shape != (rows,):
+        if x.shape != z.shape[:1]:
             raise ValueError(
                 "dloss, top, mass and negative_share must have one element for each of "
-                f"{rows} rows, got shape {tuple(x.shape)}"
+                f"{len(z)} rows, got shape {tuple(x.shape)}"
             )
     return [x.detach().to(z.device, _row_dtype(z)).contiguous() for x in values]
 
