@@ -248,7 +248,6 @@ def run(program):
     return done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 def test_16384_rows_take_less_than_64_mib_of_memory():
     # the matrix alone would be 1024 MiB
     extra_kib = run("""
@@ -290,7 +289,6 @@ def test_row_blocks_hold_no_tensor_larger_than_a_tile():
     assert largest.elements <= ntxent.TILE_ELEMENTS < rows * rows
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_child_forked_after_threads_were_used_does_not_hang():
     run("""
 import os
