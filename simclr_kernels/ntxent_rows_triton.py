@@ -1,7 +1,12 @@
-"""GPU kernels of NT-Xent that go row by row: normalisation and, in backward, its Jacobian.
+"""GPU kernel of NT-Xent that makes unit rows and the positives' logits, and what all kernels share.
 
-The formulas are in ntxent.py, the sweeps over columns in ntxent_triton.py. Everything here is
-float32 inside. Each kernel reads every row twice, as itself and as a positive.
+The formulas are in ntxent.py. Everything here is float32 inside.
+
+Rows are kept as unit rows view by view: view v of image k is row v * padded + k, with `padded` a
+multiple of every tile and zero rows behind the last image, so that the sweeps load without masks,
+and a row and its positive stand at the same place of the two views. Where a row came from depends
+on `half`, the images of a group (see source_row). Numbers of a row (stretch, stats) have the same
+layout; what goes in or out of a public function is in source order.
 
 The sweeps multiply the rows z^ rounded, to r, in 16 bits or TF32; "ieee" float32 has r = z^. Two
 rules make equal rows have equal logits, and collapsed rows no gradient, for any r:
@@ -16,56 +21,82 @@ of one direction the error is 0.0018, for 0.0001 with z^ alone; 0.0084 is that o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from simclr_kernels.ntxent_tile_table import PADDING, architecture_of
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 NORM_FLOOR = tl.constexpr(1e-12)
 
-# elements of a program in the two row-by-row kernels
+SMALLEST_BOUNDED_TAU = tl.constexpr(0.0128)
+
+# what is known of the logits when a kernel is launched: that one constant is no less than any of
+# them, and near enough; that a running maximum is needed; or neither, since tau is on the device
+BOUNDED, RUNNING, UNKNOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# elements of a program in the kernels that read whole rows
 ROWS_ELEMENTS = 2048
 
 
 @triton.jit
-def positive_row(offs, M, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        return offs ^ 1
-    return (offs + M // 2) % M
+def source_row(image, view, half):
+    """The row of z that holds this view: groups of `half` images, view 0 of all, then view 1."""
+    return image + (image // half + view) * half
 
 
 @triton.jit
-def inverse_tau(tau_ptr):
-    """1 / tau, NaN unless tau > 0: the device cannot raise."""
-    tau = tl.load(tau_ptr).to(tl.float32)
+def inverse_tau(tau, TAU_ON_DEVICE: tl.constexpr):
+    """1 / tau, NaN unless tau > 0: the device cannot raise. tau is a number or points to one."""
+    if TAU_ON_DEVICE:
+        tau = tl.load(tau).to(tl.float32)
     return tl.where(tau > 0, 1.0 / tau, float("nan"))
 
 
 @triton.jit
-def _unit_row(z_ptr, offs_m, mask, D: tl.constexpr, offs_d, NORMALIZE: tl.constexpr):
+def is_bounded(inv_tau):
+    """Whether the constant maximum holds, where only the device knows tau. NaN counts as bounded."""
+    return (inv_tau <= 1.0 / SMALLEST_BOUNDED_TAU) | (inv_tau != inv_tau)
+
+
+@triton.jit
+def constant_top(inv_tau):
+    """The constant maximum of bounded logits, in base 2."""
+    # as a comparison, so that NaN stays
+    over = inv_tau * LOG2E - 100.0
+    return tl.where(over < 0.0, 0.0, over)
+
+
+@triton.jit
+def _unit_row(z_ptr, rows, mask, D: tl.constexpr, offs_d, NORMALIZE: tl.constexpr):
     """Rows in float32, normalised if asked; 1 / norm; whether a row is above the norm's floor."""
-    offs = offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
+    offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
     z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if NORMALIZE:
         square = tl.sum(z * z, 1)
         # as a comparison, so that NaN stays
         inv_norm = tl.rsqrt(tl.where(square < NORM_FLOOR, NORM_FLOOR, square))
         return z * inv_norm[:, None], inv_norm, tl.where(square < NORM_FLOOR, 0.0, 1.0)
-    return z, tl.full(offs_m.shape, 1.0, tl.float32), tl.zeros(offs_m.shape, tl.float32)
+    return z, tl.full(rows.shape, 1.0, tl.float32), tl.zeros(rows.shape, tl.float32)
 
 
 @triton.jit
-def _rounded_row(row, z_ptr, ROUNDED: tl.constexpr):
+def _rounded_row(row, unit_ptr, ROUNDED: tl.constexpr):
     """Rows as tl.dot reads them, in float32, and the factor that gives them back their length."""
     if ROUNDED:
-        if z_ptr.dtype.element_ty == tl.float32:
+        if unit_ptr.dtype.element_ty == tl.float32:
             # to TF32, which keeps 10 bits of the fraction: a GPU would cut the others off
             bits = row.to(tl.int32, bitcast=True)
             rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
             # the carry could make another number of NaN
             rounded = tl.where(row == row, rounded, row)
         else:
-            rounded = row.to(z_ptr.dtype.element_ty).to(tl.float32)
+            rounded = row.to(unit_ptr.dtype.element_ty).to(tl.float32)
         square = tl.sum(rounded * rounded, 1)
         stretch = tl.sqrt(tl.where(square == 0, 1.0, tl.sum(row * row, 1) / square))
         return rounded, stretch
@@ -73,155 +104,187 @@ def _rounded_row(row, z_ptr, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def _unit_rows_kernel(
-    z_ptr,  # (M, D)
-    tau_ptr,  # ()
-    z_hat_ptr,  # (M, D) in the dtype of z, out
-    stretch_ptr,  # (M,) float32, out: |row| / |row as rounded in z_hat|
-    pos_ptr,  # (M,) float32, out: logit of the positive
-    M,
-    D: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+def _store_unit(
+    row,
+    inv_norm,
+    projected,
+    unit_ptr,
+    stretch_ptr,
+    inv_norm_ptr,
+    at,
+    mask,
+    offs_d,
+    WIDTH: tl.constexpr,
     ROUNDED: tl.constexpr,
+):
+    rounded, stretch = _rounded_row(row, unit_ptr, ROUNDED)
+    offs = at.to(tl.int64)[:, None] * WIDTH + offs_d[None, :]
+    keep = mask[:, None] & (offs_d < WIDTH)[None, :]
+    tl.store(unit_ptr + offs, rounded.to(unit_ptr.dtype.element_ty), mask=keep)
+    tl.store(stretch_ptr + at, stretch, mask=mask)
+    tl.store(inv_norm_ptr + at, tl.where(projected > 0, inv_norm, -inv_norm), mask=mask)
+
+
+@triton.jit
+def _unit_rows_kernel(
+    z_ptr,  # (VIEWS * images, D)
+    tau,
+    unit_ptr,  # (VIEWS * padded, WIDTH) in the dtype of z, out
+    stretch_ptr,  # (VIEWS * padded,) float32, out: |row| / |row as rounded in unit|
+    inv_norm_ptr,  # (VIEWS * padded,) float32, out: 1 / |z|; negative where not projected
+    pos_ptr,  # (padded,) float32, out: logit of the positive, with two views
+    arrived_ptr,  # () int32, out: 0
+    images,
+    padded,
+    half,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VIEWS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    TAU_ON_DEVICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Normalises rows, and takes the positive logits in float32 before anything is rounded."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_d[None, :] < D)
-    positive = positive_row(offs_m, M, INTERLEAVED)
-    own, _, own_projected = _unit_row(z_ptr, offs_m, mask, D, offs_d, NORMALIZE)
-    other, _, other_projected = _unit_row(z_ptr, positive, mask, D, offs_d, NORMALIZE)
-
-    # between close unit rows through their difference, which keeps its digits
-    s = tl.sum(own * other, 1)
-    gap = own - other
-    close = (own_projected * other_projected > 0) & (s > 0.5)
-    s = tl.where(close, 1.0 - 0.5 * tl.sum(gap * gap, 1), s)
-    tl.store(pos_ptr + offs_m, s * inverse_tau(tau_ptr), mask=mask_m)
-    offs = offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
-    rounded, stretch = _rounded_row(own, z_ptr, ROUNDED)
-    tl.store(z_hat_ptr + offs, rounded.to(z_hat_ptr.dtype.element_ty), mask=mask)
-    tl.store(stretch_ptr + offs_m, stretch, mask=mask_m)
-
-
-@triton.jit
-def _ntxent_finish_kernel(
-    z_ptr,  # (M, D) as given
-    tau_ptr,  # ()
-    negative_share_ptr,  # (M,) float32
-    dloss_ptr,  # (M,) float32
-    sum_w_ptr,  # (M, D) float32
-    dz_ptr,  # (M, D) in the dtype of z, out
-    dtau_ptr,  # (M,) float32, out: what each row adds to the gradient in tau
-    M,
-    D: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Adds the positives and goes back through the normalisation, row by row in float32."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_d[None, :] < D)
-    offs = offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
-    positive = positive_row(offs_m, M, INTERLEAVED)
-    own, inv_norm, projected = _unit_row(z_ptr, offs_m, mask, D, offs_d, NORMALIZE)
-    other, _, _ = _unit_row(z_ptr, positive, mask, D, offs_d, NORMALIZE)
-
-    weight = tl.load(dloss_ptr + offs_m, mask=mask_m, other=0.0) * tl.load(
-        negative_share_ptr + offs_m, mask=mask_m, other=0.0
+    mask = (image < images)[:, None] & (offs_d < D)[None, :]
+    stored = image < padded
+    rows = source_row(image, 0, half)
+    own, own_inv_norm, own_projected = _unit_row(z_ptr, rows, mask, D, offs_d, NORMALIZE)
+    # fmt: off
+    _store_unit(
+        own, own_inv_norm, own_projected, unit_ptr, stretch_ptr, inv_norm_ptr, image, stored,
+        offs_d, WIDTH, ROUNDED
     )
-    weight += tl.load(dloss_ptr + positive, mask=mask_m, other=0.0) * tl.load(
-        negative_share_ptr + positive, mask=mask_m, other=0.0
-    )
-    sum_w = tl.load(sum_w_ptr + offs, mask=mask, other=0.0)
-    along = tl.zeros((BLOCK_M,), tl.float32)
-    if ROUNDED:
-        rounded, stretch = _rounded_row(own, z_ptr, ROUNDED)
-        rounded *= stretch[:, None]
-        along = projected * tl.sum(sum_w * rounded, 1)
-        sum_w -= along[:, None] * rounded
-    # the difference keeps the digits of a close pair; what it adds along z^ the projection removes
-    sum_w -= weight[:, None] * (other - projected[:, None] * own)
-    inner = tl.sum(sum_w * own, 1)
-    inv_tau = inverse_tau(tau_ptr)
-    dz = (sum_w - (projected * inner)[:, None] * own) * (inv_norm * inv_tau)[:, None]
-    tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    along += inner - projected * weight
-    tl.store(dtau_ptr + offs_m, -0.5 * inv_tau * inv_tau * along, mask=mask_m)
+    if VIEWS == 2:
+        other, inv_norm, other_projected = _unit_row(
+            z_ptr, rows + half, mask, D, offs_d, NORMALIZE
+        )
+        _store_unit(
+            other, inv_norm, other_projected, unit_ptr, stretch_ptr, inv_norm_ptr, padded + image,
+            stored, offs_d, WIDTH, ROUNDED
+        )
+        # fmt: on
+        # between close unit rows through their difference, which keeps its digits
+        s = tl.sum(own * other, 1)
+        gap = own - other
+        close = (own_projected * other_projected > 0) & (s > 0.5)
+        s = tl.where(close, 1.0 - 0.5 * tl.sum(gap * gap, 1), s)
+        tl.store(pos_ptr + image, s * inverse_tau(tau, TAU_ON_DEVICE), mask=stored)
+        if tl.program_id(0) == 0:
+            tl.store(arrived_ptr, 0)
 
 
-def _row_blocks(features: int) -> tuple[int, int]:
-    """Rows of a program in the row-by-row kernels, and their width: whole rows."""
-    width = triton.next_power_of_2(features)
-    return max(1, ROWS_ELEMENTS // width), width
+class UnitRows(NamedTuple):
+    """Unit rows, view by view, each view padded by zero rows; see the module."""
+
+    unit: Tensor  # (views * padded + PADDING, width) in the dtype of z; the last rows are not set
+    lengths: Tensor  # (2, views * padded + PADDING) float32: stretch, inverse norm
+    images: int
+    padded: int
+
+    @property
+    def stretch(self) -> Tensor:
+        return self.lengths[0]
+
+    @property
+    def inv_norm(self) -> Tensor:
+        return self.lengths[1]
+
+    @property
+    def width(self) -> int:
+        return self.unit.shape[1]
+
+
+class Batch(NamedTuple):
+    """What the launchers of one call share."""
+
+    z: Tensor  # (2 * images, D) contiguous, as given
+    tau: float | Tensor  # a number, or a scalar on the device
+    logits: int  # BOUNDED, RUNNING or UNKNOWN
+    half: int  # images of a group: see source_row
+    first_image: int  # the images whose rows are asked for
+    count: int
+    normalize: bool
+    precision: str  # of float32 products: "ieee" or "tf32"
+    rows: UnitRows
+    pos: Tensor | None  # (padded,) float32: logits of the positives
+    negatives: UnitRows | None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether tl.dot multiplies rows of fewer digits than float32 has."""
+        return is_rounded(self.z.dtype, self.precision)
+
+    @property
+    def architecture(self) -> str:
+        return architecture_of(self.z.device)
+
+    @property
+    def tau_on_device(self) -> bool:
+        return isinstance(self.tau, Tensor)
+
+
+def is_rounded(dtype: torch.dtype, precision: str) -> bool:
+    return dtype != torch.float32 or precision == "tf32"
+
+
+def row_blocks(width: int) -> tuple[int, int]:
+    """Rows of a program that reads whole rows, and their width as a power of two."""
+    block = triton.next_power_of_2(width)
+    return max(1, ROWS_ELEMENTS // block), block
+
+
+def padded_width(features: int) -> int:
+    """Features of a padded row: a power of two up to 256, tl.dot's least 16; else a multiple of 64."""
+    return max(16, triton.next_power_of_2(features)) if features <= 256 else -(-features // 64) * 64
+
+
+def padded_images(images: int) -> int:
+    return -(-images // PADDING) * PADDING
 
 
 def launch_unit_rows(
-    z: Tensor, tau: Tensor, pairs: str, normalize: bool, rounded: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows in the dtype of z, what stretches them, and the positives' logits, in float32."""
-    rows, features = z.shape
-    z_hat = torch.empty_like(z)
-    stretch, pos = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
-    height, width = _row_blocks(features)
-    _unit_rows_kernel[(triton.cdiv(rows, height),)](
-        z,
-        tau,
-        z_hat,
-        stretch,
-        pos,
-        rows,
-        D=features,
-        NORMALIZE=normalize,
-        INTERLEAVED=pairs == "interleaved",
-        ROUNDED=rounded,
-        BLOCK_M=height,
-        BLOCK_D=width,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return z_hat, stretch, pos
-
-
-def launch_finish(
-    dloss: Tensor,
     z: Tensor,
-    tau: Tensor,
-    negative_share: Tensor,
-    sum_w: Tensor,
-    pairs: str,
+    tau: float | Tensor,
+    views: int,
+    half: int,
     normalize: bool,
     rounded: bool,
-) -> tuple[Tensor, Tensor]:
-    """dz, and the gradient in tau as a sum yet to be taken over rows."""
-    rows, features = z.shape
-    dz = torch.empty_like(z)
-    dtau = torch.empty_like(dloss)
-    height, width = _row_blocks(features)
-    _ntxent_finish_kernel[(triton.cdiv(rows, height),)](
+    arrived: Tensor | None = None,
+) -> tuple[UnitRows, Tensor | None]:
+    """Unit rows of z (views * images, D), and of two views the logits of the positives.
+
+    Sets arrived, an int32 on the device, to 0, for the kernel after the next.
+    """
+    images, features = z.shape[0] // views, z.shape[1]
+    padded, width = padded_images(images), padded_width(features)
+    unit = z.new_empty(views * padded + PADDING, width)
+    lengths = z.new_empty(2, views * padded + PADDING, dtype=torch.float32)
+    pos = z.new_empty(padded, dtype=torch.float32) if views == 2 else None
+    block_m, block_d = row_blocks(width)
+    _unit_rows_kernel[(triton.cdiv(padded, block_m),)](
         z,
         tau,
-        negative_share,
-        dloss,
-        sum_w,
-        dz,
-        dtau,
-        rows,
+        unit,
+        lengths[0],
+        lengths[1],
+        pos,
+        arrived,
+        images,
+        padded,
+        half,
         D=features,
+        WIDTH=width,
+        VIEWS=views,
         NORMALIZE=normalize,
-        INTERLEAVED=pairs == "interleaved",
         ROUNDED=rounded,
-        BLOCK_M=height,
-        BLOCK_D=width,
+        TAU_ON_DEVICE=isinstance(tau, Tensor),
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return dz, dtau
+    return UnitRows(unit, lengths, images, padded), pos
