@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.codegen_report import Kernel, disassembly
+from benchmarks.codegen_report import Kernel, disassembly, sources
 from benchmarks.pipes import GPUS, KINDS
 from simclr_kernels import ntxent_triton
 
@@ -137,13 +137,16 @@ def examine(launch: Launch, sass: Path | None = None) -> dict[str, Any]:
     names = list(launch.signature)
     constants = {names[path[0]]: value for path, value in launch.constants.items()}
     metadata = compiled.metadata
-    kernel = Kernel(disassembly(compiled.asm), launch.target, constants, metadata.num_warps)
+    # with warps that specialise a block has more than the launch asks for
+    warps = launch.options.get("num_warps", metadata.num_warps)
+    kernel = Kernel(disassembly(compiled.asm), launch.target, constants, warps)
     label = {"target": launch.target, "kernel": launch.kernel.__name__, "call": str(launch.call)}
     if sass:
         name = " ".join(label.values()).replace(" ", "_").replace("=", "")
-        (sass / f"{name}.sass").write_text(kernel.annotated())
+        (sass / f"{name}.sass").write_text(kernel.annotated(sources(compiled.asm)))
     label["on_tensor_cores"] = kernel.tile is not None and launch.call.on_tensor_cores()
-    return label | kernel.describe(metadata.shared, getattr(metadata, "tmem_size", None) or 0)
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    return label | kernel.describe(metadata.shared, tensor_memory, metadata.num_warps)
 
 
 def _examine(job: tuple[int, Path | None]) -> tuple[int, dict[str, Any]]:
@@ -170,6 +173,8 @@ def report(
     _jobs[:] = different.values()
     if sass:
         sass.mkdir(parents=True, exist_ok=True)
+        # what Triton keeps may name the lines of another version of the source
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     found: list[dict[str, Any]] = [{}] * len(_jobs)
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
         work = pool.imap_unordered(_examine, [(index, sass) for index in range(len(_jobs))])

@@ -12,22 +12,32 @@ from typing import Any
 import triton
 
 from benchmarks import machine_code
-from benchmarks.machine_code import Block, Instruction, Loop
-from benchmarks.machine_code import Path as HotPath
+from benchmarks.machine_code import Block, HotPath, Instruction, Loop, Work
 from benchmarks.pipes import GPUS, KINDS, clocks, kind_and_unit, occupancy, product, work_of
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def _disassemble(cubin: bytes, *command: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / command[0], *command[1:], file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def disassembly(asm: dict[str, Any]) -> str:
     """Machine code as text, with what it says of registers and spills."""
     if "cubin" not in asm:
         return asm["amdgcn"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _disassemble(asm["cubin"], "cuobjdump", "-res-usage", "-sass")
+
+
+def sources(asm: dict[str, Any]) -> machine_code.Sources:
+    """Which line of Python each instruction comes from."""
+    if "cubin" not in asm:
+        return machine_code.amdgcn_sources(asm["amdgcn"])
+    return machine_code.sass_sources(_disassemble(asm["cubin"], "nvdisasm", "-g", "-c"))
 
 
 def resources(text: str) -> dict[str, int]:
@@ -45,9 +55,10 @@ def resources(text: str) -> dict[str, int]:
 class Kernel:
     """The machine code of one kernel, with its hot loops: those that turn once a tile.
 
-    Such a loop is an innermost one of those with exponentials outside of inner loops; without
-    exponentials, with products. It is taken to make one tile a turn. A loop inside it goes over the
-    features, BLOCK_D at a time.
+    Such a loop is an innermost one of those with exponentials outside of inner loops, and also one
+    with products if the exponentials are in another: warps that specialise. A kernel with
+    exponentials outside of loops is one tile. A loop is taken to make one tile a turn; a loop
+    inside it goes over the features, BLOCK_D at a time. `warps` are those that run a tile.
     """
 
     def __init__(self, text: str, target: str, constants: dict[str, Any], warps: int):
@@ -60,41 +71,46 @@ class Kernel:
         self.tile = None
         if "BLOCK_M" in constants and "BLOCK_N" in constants:
             self.tile = constants["BLOCK_M"] * constants["BLOCK_N"]
+        self.features = constants.get("WIDTH", constants.get("D", 0))
+        self.hot_loops = self._hot_loops() if self.tile else []
 
-    def tile_loops(self) -> list[tuple[Loop, HotPath]]:
-        """Hot loops and their paths, that of most work on the shortest path first."""
-        if not self.tile:
-            return []
-        for what in ("exponentials", "tensor"):
-            working = [loop for loop in self.loops if self._own_work(loop, what)]
-            inner = [a for a in working if not any(b.members < a.members for b in working)]
-            if inner:
-                break
-        found = [(loop, self.path(loop)) for loop in inner]
+    def _hot_loops(self) -> list[tuple[Loop, HotPath]]:
+        """Loops that turn once a tile and their paths: of most work, on the shortest path first."""
+        found = [(loop, self._path(self.graph, loop)) for loop in self._innermost("exponentials")]
+        if not found and any(work_of(instruction).exponentials for instruction in self.code):
+            graph, loop = machine_code.whole(self.graph)
+            found = [(loop, self._path(graph, loop))]
+        if not any(work_of(instruction).tensor for _, path in found for instruction, _ in path):
+            found += [(loop, self._path(self.graph, loop)) for loop in self._innermost("tensor")]
 
-        def order(item: tuple[Loop, HotPath]) -> tuple[float, float]:
-            tensor = sum(work_of(instruction).tensor * times for instruction, times in item[1])
-            return -tensor, sum(times for _, times in item[1])
+        def order(item: tuple[Loop, HotPath]) -> Work:
+            work = Work()
+            for instruction, times in item[1]:
+                work = work.plus(work_of(instruction)._replace(memory=0, shortness=-1), times)
+            return work._replace(tensor=work.exponentials, exponentials=work.tensor)
 
-        return sorted(found, key=order)
+        return sorted(found, key=order, reverse=True)
 
-    def path(self, loop: Loop) -> HotPath:
-        own = [i for block in sorted(loop.own()) for i in self.graph[block].instructions]
-        computed = (
-            sum(work_of(i).exponentials for i in own) * self.warps * self.gpu.warp / self.tile
-        )
+    def _innermost(self, what: str) -> list[Loop]:
+        working = [loop for loop in self.loops if self._own_work(loop, what)]
+        return [a for a in working if not any(b.members < a.members for b in working)]
+
+    def _path(self, graph: list[Block], loop: Loop) -> HotPath:
+        own = [i for block in sorted(loop.own()) for i in graph[block].instructions]
+        exponentials = sum(work_of(instruction).exponentials for instruction in own)
+        computed = exponentials * self.warps * self.gpu.warp / self.tile
 
         def turns(body: HotPath) -> float:
             _, products, _ = clocks(body, self.code, self.gpu, self.warps)
             products += self._scalar_products(body)
-            features, chunk = self.constants.get("D", 0), self.constants.get("BLOCK_D", 0)
-            if products < self.tile or not 0 < chunk < features:
+            chunk = self.constants.get("BLOCK_D", 0)
+            if products < self.tile or not 0 < chunk < self.features:
                 return 1
             # unrolled, or every similarity computed more than once: then exponentials are too
             chunks = products / (self.tile * chunk) / max(1, round(computed))
-            return -(-features // chunk) / max(1, round(chunks))
+            return -(-self.features // chunk) / max(1, round(chunks))
 
-        return machine_code.hot_path(self.graph, loop, work_of, turns)
+        return machine_code.hot_path(graph, loop, work_of, turns)
 
     def _own_work(self, loop: Loop, what: str) -> bool:
         own = (i for block in loop.own() for i in self.graph[block].instructions)
@@ -146,41 +162,43 @@ class Kernel:
                 names.add(name)
         return sorted(names)
 
-    def describe(self, shared: int, tensor_memory: int) -> dict[str, Any]:
+    def describe(self, shared: int, tensor_memory: int, all_warps: int) -> dict[str, Any]:
+        """The record of a kernel whose blocks have `all_warps` and `shared` bytes."""
         found = resources(self.text)
         held, warps, limit = occupancy(
-            self.gpu, found["registers"], shared, self.warps, tensor_memory
+            self.gpu, found["registers"], shared, all_warps, tensor_memory
         )
-        hot = self.tile_loops()
-        in_loop = [instruction for instruction, _ in hot[0][1]] if hot else []
+        in_loop = [instruction for _, path in self.hot_loops for instruction, _ in path]
         kinds = Counter(kind_and_unit(instruction)[0] for instruction in self.code)
         return found | {
             "shared": shared,
-            "warps": self.warps,
+            "warps": all_warps,
             "blocks_on_an_sm": held,
             "warps_on_an_sm": warps,
             "limit": limit,
-            "tile": [self.constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "D")],
+            "tile": [*(self.constants.get(name) for name in ("BLOCK_M", "BLOCK_N")), self.features],
             "tensor_cores": self.tensor_instructions(self.code),
             "tensor_cores_in_loop": self.tensor_instructions(in_loop),
             "instructions": {kind: kinds[kind] for kind in KINDS} | {"all": kinds.total()},
-            "loops": [self.describe_loop(loop, path) for loop, path in hot],
+            "loops": [self.describe_loop(loop, path) for loop, path in self.hot_loops],
         }
 
-    def annotated(self) -> str:
-        """The disassembly with loops marked, and what the hot path passes and how often."""
+    def annotated(self, sources: machine_code.Sources) -> str:
+        """The disassembly with loops marked, and what the hot path passes and how often.
+
+        Before it, which lines of source the instructions of the hottest loop come from.
+        """
         begins: dict[int, list[str]] = {}
         depth: Counter[int] = Counter()
-        hot_loops = self.tile_loops()
         for loop in reversed(self.loops):
             members = [i for block in sorted(loop.members) for i in self.graph[block].instructions]
-            name = "hot loop" if any(loop is other for other, _ in hot_loops) else "loop"
+            name = "hot loop" if any(loop is other for other, _ in self.hot_loops) else "loop"
             header = self.graph[loop.header].instructions[0].address
             begins.setdefault(header, []).append(f"{name}, {len(members)} instructions")
             for instruction in members:
                 depth[instruction.address] += 1
-        times = {i.address: count for _, path in reversed(hot_loops) for i, count in path}
-        lines, inside = [], 0
+        times = {i.address: count for _, path in reversed(self.hot_loops) for i, count in path}
+        lines, inside = self._by_source(sources) if self.hot_loops else [], 0
         for i in self.code:
             now = depth[i.address]
             lines += [f"{'  ' * inside}<<< end" for _ in range(inside - now)]
@@ -189,5 +207,19 @@ class Kernel:
             mark = f"x{times[i.address]:g}" if i.address in times else "cold" if now else ""
             where = f" -> {i.target:#06x}" if i.target is not None else ""
             text = f"{i.predicate:>5} {i.opcode} {i.operands}{where}"
-            lines.append(f"{mark:>5} {kind_and_unit(i)[0]:8} {i.address:#06x} {'  ' * now}{text}")
+            file, row = sources.get(i.address, ("", 0))
+            text = f"{i.address:#06x} {'  ' * now}{text}"
+            lines.append(f"{mark:>5} {kind_and_unit(i)[0]:8} {text:90} {Path(file).name}:{row}")
         return "\n".join(lines) + "\n"
+
+    def _by_source(self, sources: machine_code.Sources) -> list[str]:
+        counts: dict[tuple[str, int], Counter[str]] = {}
+        for instruction, times in self.hot_loops[0][1]:
+            at = sources.get(instruction.address, ("", 0))
+            counts.setdefault(at, Counter())[kind_and_unit(instruction)[0]] += times
+        lines = []
+        for (file, row), kinds in sorted(counts.items(), key=lambda item: -item[1].total()):
+            text = Path(file).read_text().splitlines()[row - 1].strip() if row else ""
+            each = ", ".join(f"{kind} {count:g}" for kind, count in kinds.most_common())
+            lines.append(f"{kinds.total():6g}  {Path(file).name}:{row}  {text}\n        {each}")
+        return ["instructions of a warp for a tile, by the line they come from", *lines, ""]

@@ -2,9 +2,9 @@
 
 Text in, tuples out: SASS as `cuobjdump -sass` prints it, and AMDGCN assembly. A loop is what a
 backward jump closes. Of the ways through its body the hot one does the most work on tensor cores,
-then the most exponentials, then loads the most, and among such is the shortest: what lies beside
-it is a masked variant of a tile, a wait that rarely waits, a prefetch's end. An inner loop that
-works is passed as often as it turns; one that only waits, once.
+then the most exponentials, then accesses global memory the most, and among such is the shortest:
+what lies beside it is a masked variant of a tile, a wait that rarely waits, a prefetch's end. An
+inner loop that works is passed as often as it turns; one that only waits, once.
 """
 
 from __future__ import annotations
@@ -51,16 +51,27 @@ def parse_sass(text: str) -> list[Instruction]:
     return instructions
 
 
-def parse_amdgcn(text: str) -> list[Instruction]:
-    """The instructions of an assembly text with one kernel; addresses are their numbers."""
+def _amdgcn_lines(text: str) -> list[str]:
+    """Labels, instructions and .loc directives of the kernel, with comments only behind .loc."""
     body = re.search(r"^\w+:\s*;\s*@.*?$(.*?)^\.Lfunc_end0:", text, re.M | re.S)[1]
-    lines, labels = [], {}
+    lines = []
     for line in body.splitlines():
         code = line.partition(";")[0].strip()
-        if label := re.fullmatch(r"([.\w]+):", code):
-            labels[label[1]] = len(lines)
-        elif code and not code.startswith("."):
+        if code.startswith(".loc"):
             lines.append(code)
+        elif code.endswith(":") or (code and not code.startswith(".")):
+            lines.append(code)
+    return lines
+
+
+def parse_amdgcn(text: str) -> list[Instruction]:
+    """The instructions of an assembly text with one kernel; addresses are their numbers."""
+    lines, labels = [], {}
+    for line in _amdgcn_lines(text):
+        if line.endswith(":"):
+            labels[line[:-1]] = len(lines)
+        elif not line.startswith(".loc"):
+            lines.append(line)
     instructions = []
     for address, line in enumerate(lines):
         opcode, _, operands = line.partition(" ")
@@ -72,6 +83,41 @@ def parse_amdgcn(text: str) -> list[Instruction]:
             flow = "exit"
         instructions.append(Instruction(address, "", opcode, operands.strip(), flow, target))
     return instructions
+
+
+# address of an instruction to the file and line that it comes from
+Sources = dict[int, tuple[str, int]]
+
+
+def sass_sources(text: str) -> Sources:
+    """From what `nvdisasm -g` prints."""
+    found, source = {}, None
+    pattern = r'^\s*//## File "([^"]+)", line (\d+)|^\s+/\*([0-9a-f]{4,})\*/'
+    for file, line, address in re.findall(pattern, text, re.M):
+        if file:
+            source = file, int(line)
+        elif source:
+            found[int(address, 16)] = source
+    return found
+
+
+def amdgcn_sources(text: str) -> Sources:
+    files = {
+        number: f"{folder}/{name}"
+        for number, folder, name in re.findall(r'\.file\s+(\d+) "([^"]+)" "([^"]+)"', text)
+    }
+    found, source = {}, None
+    for line in _amdgcn_lines(text):
+        if line.startswith(".loc"):
+            number, row = line.split()[1:3]
+            # line 0: of no source
+            source = (files[number], int(row)) if row != "0" else source
+        elif not line.endswith(":"):
+            if source:
+                found[len(found)] = source
+            else:
+                found[len(found)] = ("", 0)
+    return found
 
 
 class Block(NamedTuple):
@@ -120,31 +166,35 @@ def loops(graph: list[Block]) -> list[Loop]:
     for index, block in enumerate(graph):
         for successor in block.successors:
             predecessors[successor].append(index)
-    reached, todo = set(), [0]
-    while todo:
-        block = todo.pop()
-        if block not in reached:
-            reached.add(block)
-            todo += graph[block].successors
-    dominators = {block: set(reached) for block in reached} | {0: {0}}
+    # what only jumps through a table reach begins somewhere too: code of specialised warps
+    entries, reached = set(), set()
+    for entry in range(len(graph)):
+        if entry not in reached:
+            entries.add(entry)
+            todo = [entry]
+            while todo:
+                block = todo.pop()
+                if block not in reached:
+                    reached.add(block)
+                    todo += graph[block].successors
+    dominators = {block: {block} if block in entries else set(reached) for block in reached}
     changed = True
     while changed:
         changed = False
-        for block in sorted(reached - {0}):
-            before = [dominators[p] for p in predecessors[block] if p in reached]
-            now = set.intersection(*before) | {block}
+        for block in sorted(reached - entries):
+            now = set.intersection(*(dominators[p] for p in predecessors[block])) | {block}
             changed |= now != dominators[block]
             dominators[block] = now
 
     by_header: dict[int, Loop] = {}
-    for latch in reached:
+    for latch in range(len(graph)):
         for header in graph[latch].successors:
             if header in dominators[latch]:
                 loop = by_header.setdefault(header, Loop(header, {header}))
                 todo = [latch]
                 while todo:
                     block = todo.pop()
-                    if block in reached and block not in loop.members:
+                    if block not in loop.members:
                         loop.members.add(block)
                         todo += predecessors[block]
     found = sorted(by_header.values(), key=lambda loop: (len(loop.members), loop.header))
@@ -155,12 +205,21 @@ def loops(graph: list[Block]) -> list[Loop]:
     return found
 
 
+def whole(graph: list[Block]) -> tuple[list[Block], Loop]:
+    """The kernel as a loop that turns once: its ends lead to its start."""
+    around = [block if block.successors else block._replace(successors=[0]) for block in graph]
+    found = loops(graph)
+    reached = set(range(len(graph)))
+    outermost = [a for a in found if not any(a.members < b.members for b in found)]
+    return around, Loop(0, reached, outermost)
+
+
 class Work(NamedTuple):
     """What the hot path has the most of, in this order."""
 
     tensor: float = 0
     exponentials: float = 0
-    loads: float = 0
+    memory: float = 0
     shortness: float = 0
 
     def plus(self, other: Work, times: float = 1) -> Work:
@@ -171,19 +230,19 @@ class Work(NamedTuple):
 
 
 # an instruction, and how often one turn of the loop passes it
-Path = list[tuple[Instruction, float]]
+HotPath = list[tuple[Instruction, float]]
 
 
 def hot_path(
     graph: list[Block],
     loop: Loop,
     work_of: Callable[[Instruction], Work],
-    turns: Callable[[Path], float],
-) -> Path:
+    turns: Callable[[HotPath], float],
+) -> HotPath:
     """The instructions of one turn of `loop`. `turns` says how often an inner loop turns."""
     # an inner loop is one node, named by its header
     node = {member: member for member in loop.own()}
-    bodies: dict[int, Path] = {}
+    bodies: dict[int, HotPath] = {}
     for inner in loop.inner:
         node |= dict.fromkeys(inner.members, inner.header)
         body = hot_path(graph, inner, work_of, turns)

@@ -8,7 +8,8 @@ Rates are peaks for one SM (CU on AMD) and clock. Where they come from:
 - Tensor cores: dense peak over SMs and boost clock. A100 white paper: 312 TFLOP/s, 108 SMs, 1410
   MHz, that is 1024 multiply-adds in 16 bits. H100 white paper: 989.4 TFLOP/s, 132 SMs, 1830 MHz:
   2048. B200: twice that, as the FP32 accumulator of 128 x 256 x 16 in 128 clocks says. TF32 half.
-- Shared memory: 128 bytes. HGMMA and UTCHMMA read their operands from there: A as well, unless it
+- Shared memory: 128 bytes; without products on tensor cores, where lanes read the same words, an
+  access at a time at best. HGMMA and UTCHMMA read their operands from there: A as well, unless it
   is in registers. That makes HGMMA of fewer than 64 columns slower than tensor cores are.
 - Issue: four schedulers, an instruction of a warp each.
 - MI300X: CDNA3 white paper, 1307.4 TFLOP/s in 16 bits on 304 CUs at 2100 MHz: 1024 multiply-adds;
@@ -135,8 +136,7 @@ def work_of(instruction: Instruction) -> Work:
     """What tells a hot path from a cold one."""
     kind, _ = kind_and_unit(instruction)
     exponential = bool(re.match(r"MUFU\.EX2|v_exp_f32", instruction.opcode))
-    load = bool(re.match(r"LDG|UTMALDG|(?:global|buffer)_load", instruction.opcode))
-    return Work(kind == "tensor", exponential, load)
+    return Work(kind == "tensor", exponential, kind == "global")
 
 
 class Product(NamedTuple):
@@ -199,6 +199,8 @@ def clocks(path: list[tuple[Instruction, float]], code: list[Instruction], gpu: 
     """
     needed: Counter[str] = Counter()
     products = loaded = 0.0
+    # lanes that multiply the same row read the same words
+    scalar = not any(work_of(instruction).tensor for instruction, _ in path)
     for instruction, count in path:
         kind, unit = kind_and_unit(instruction)
         if unit == "tensor":
@@ -216,9 +218,11 @@ def clocks(path: list[tuple[Instruction, float]], code: list[Instruction], gpu: 
             needed[pipe] += count * warps * gpu.warp / lanes
         elif unit == "lsu":
             moved = count * warps * bytes_of(instruction, gpu.warp)
+            if scalar and kind == "shared":
+                moved = count * warps * min(bytes_of(instruction, gpu.warp), 4 * gpu.warp)
             if kind == "shared" or kind == "shuffle" or instruction.opcode.startswith("LDGSTS"):
                 needed["shared"] += moved / SHARED_BYTES_IN_A_CLOCK
-            if work_of(instruction).loads:
+            if re.match(r"LDG|(?:global|buffer)_load", instruction.opcode):
                 loaded += moved
         if gpu.issue:
             needed["issue"] += count * warps / gpu.issue

@@ -91,7 +91,7 @@ def test_loops_nest_and_know_their_instructions():
 
 def test_a_hot_path_leaves_out_masks_and_takes_an_inner_loop_as_often_as_it_turns():
     kernel = Kernel(NESTED, "sm_90", TILE, warps=1)
-    ((loop, path),) = kernel.tile_loops()
+    ((loop, path),) = kernel.hot_loops
     found = kernel.describe_loop(loop, path)
     # two turns of four instructions, and nine others
     assert found["instructions"] == {
@@ -113,7 +113,7 @@ def test_a_hot_path_leaves_out_masks_and_takes_an_inner_loop_as_often_as_it_turn
     assert found["per_similarity"]["fp32"] == 1 / 16
     assert found["exponentials"] == 1 / 16
     assert found["multiply_adds"] == 2 * 16 * 8 * 16 / 512
-    marked = kernel.annotated()
+    marked = kernel.annotated({})
     assert "hot loop, 16 instructions" in marked
     assert "   x2 tensor   0x0040" in marked
     assert " cold mufu     0x0110" in marked
@@ -136,7 +136,7 @@ def test_the_cheapest_of_several_ways_to_make_a_tile_is_hot():
         "EXIT",
     )
     kernel = Kernel(text, "sm_90", TILE, warps=1)
-    ((_, path),) = kernel.tile_loops()
+    ((_, path),) = kernel.hot_loops
     assert [instruction.address // 16 for instruction, _ in path] == [0, 5, 6, 7, 8]
 
 
@@ -172,7 +172,7 @@ kernel:                                 ; @kernel
 
 def test_amd_assembly_is_read_like_sass():
     kernel = Kernel(AMDGCN, "gfx942", TILE, warps=1)
-    ((loop, path),) = kernel.tile_loops()
+    ((loop, path),) = kernel.hot_loops
     found = kernel.describe_loop(loop, path)
     counts = {kind: count for kind, count in found["instructions"].items() if count}
     assert counts == {
