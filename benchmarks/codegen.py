@@ -151,7 +151,11 @@ def examine(launch: Launch, sass: Path | None = None) -> dict[str, Any]:
 
 def _examine(job: tuple[int, Path | None]) -> tuple[int, dict[str, Any]]:
     index, sass = job
-    return index, examine(_jobs[index], sass)
+    try:
+        return index, examine(_jobs[index], sass)
+    except Exception as error:
+        error.add_note(f"while compiling {_jobs[index].identity()} for {_jobs[index].call}")
+        raise
 
 
 # what worker processes find when they are forked: kernels are not pickled

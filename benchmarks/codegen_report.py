@@ -87,7 +87,8 @@ class Kernel:
             work = Work()
             for instruction, times in item[1]:
                 work = work.plus(work_of(instruction)._replace(memory=0, shortness=-1), times)
-            return work._replace(tensor=work.exponentials, exponentials=work.tensor)
+            # a running maximum has more exponentials, but they are no reason to come first
+            return Work(work.exponentials > 0, work.tensor, 0, work.shortness)
 
         return sorted(found, key=order, reverse=True)
 

@@ -1,4 +1,4 @@
-"""The report on machine code: how it reads instructions, and what it holds the kernels to."""
+"""What instructions cost, what a launch compiles, and what the kernels are held to."""
 
 import json
 import os
@@ -12,190 +12,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from machine_code_excerpts import sass
 from triton.runtime.jit import JITFunction
 
 import simclr_kernels
 from benchmarks import codegen, machine_code
-from benchmarks.codegen_report import Kernel, resources
 from benchmarks.pipes import GPUS, clocks, kind_and_unit, occupancy, product, work_of
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def sass(*lines, registers="REG:40 STACK:0 SHARED:0 LOCAL:0"):
-    """The lines as cuobjdump prints them: the nth at address 16 n, `@n` a jump to the nth."""
-    text = f" Function kernel:\n  {registers}\n\tcode for sm_90a\n\t\tFunction : kernel\n"
-    for index, line in enumerate(lines):
-        body, _, target = line.partition("@@")
-        line = f"{body}{16 * int(target):#x}" if target else line
-        predicate, line = line.split(" ", 1) if line.startswith("@") else ("", line)
-        text += (
-            f"        /*{16 * index:04x}*/  {predicate:>10} {line} ;  /* 0x00000a00ff017b82 */\n"
-        )
-        text += f"{'':60}/* 0x000e620000000800 */\n"
-    return text
-
-
-# a tile of 32 x 16 by one warp; the loop over its features turns twice
-NESTED = sass(
-    "S2R R0, SR_TID.X",
-    # 1: a turn for a tile
-    "UIADD3 UR4, UR4, 0x10, URZ",
-    # 2: a turn for a chunk of features
-    "LDS.128 R8, [R4]",
-    "@!P1 LDGSTS.E.BYPASS.128 [R25+0x4000], desc[UR44][R16.64]",
-    "HMMA.16816.F32.BF16 R12, R8, R10, R12",
-    "@!P0 BRA @@2",
-    "@P2 BRA @@16",
-    # 7: what the out-of-line block comes back to
-    "MUFU.EX2 R5, R6",
-    "FMUL R6, R6, R7",
-    "@!PT LDS RZ, [RZ]",
-    "FSEL R6, R6, -INF , P4",
-    "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR14], R8",
-    "@!P6 BRA @@11",
-    "@!P5 BRA @@1",
-    "STG.E desc[UR4][R2.64], R6",
-    "EXIT",
-    # 16: masks, out of line
-    "ISETP.NE.AND P4, PT, R5, UR4, PT",
-    "MUFU.RCP R9, R9",
-    "BRA @@7",
-)
-TILE = {"BLOCK_M": 32, "BLOCK_N": 16, "D": 64, "BLOCK_D": 32}
-
-
-def test_instructions_come_with_predicate_and_jump():
-    code = machine_code.parse_sass(NESTED)
-    assert len(code) == 19
-    assert code[3].predicate == "@!P1"
-    assert code[3].opcode == "LDGSTS.E.BYPASS.128"
-    assert (code[5].flow, code[5].target) == ("branch", 32)
-    assert (code[18].flow, code[18].target) == ("jump", 7 * 16)
-    assert code[15].flow == "exit"
-    (uniform,) = machine_code.parse_sass(sass("BRA.U !UP3, @@4"))
-    assert (uniform.flow, uniform.target) == ("branch", 64)
-    (perhaps,) = machine_code.parse_sass(sass("@P0 EXIT"))
-    assert perhaps.flow == ""
-
-
-def test_loops_nest_and_know_their_instructions():
-    graph = machine_code.blocks(machine_code.parse_sass(NESTED))
-    found = machine_code.loops(graph)
-    sizes = {sum(len(graph[block].instructions) for block in x.members): x for x in found}
-    assert sorted(sizes) == [2, 4, 16]
-    wait, chunk, tile = (sizes[size] for size in sorted(sizes))
-    assert set(map(id, tile.inner)) == {id(chunk), id(wait)}
-    assert tile.own().isdisjoint(chunk.members | wait.members)
-
-
-def test_a_hot_path_leaves_out_masks_and_takes_an_inner_loop_as_often_as_it_turns():
-    kernel = Kernel(NESTED, "sm_90", TILE, warps=1)
-    ((loop, path),) = kernel.hot_loops
-    found = kernel.describe_loop(loop, path)
-    # two turns of four instructions, and nine others
-    assert found["instructions"] == {
-        "tensor": 2,
-        "mufu": 1,
-        "fp32": 1,
-        "select": 1,
-        "convert": 0,
-        "integer": 1,
-        "global": 2,
-        "shared": 2,
-        "shuffle": 0,
-        "sync": 1,
-        "control": 6,
-        "all": 17,
-    }
-    assert found["cold"] == 3
-    # 32 threads for 512 similarities
-    assert found["per_similarity"]["fp32"] == 1 / 16
-    assert found["exponentials"] == 1 / 16
-    assert found["multiply_adds"] == 2 * 16 * 8 * 16 / 512
-    marked = kernel.annotated({})
-    assert "hot loop, 16 instructions" in marked
-    assert "   x2 tensor   0x0040" in marked
-    assert " cold mufu     0x0110" in marked
-
-
-def test_the_cheapest_of_several_ways_to_make_a_tile_is_hot():
-    text = sass(
-        "@P0 BRA @@5",
-        # 1: a masked tile
-        "FSEL R6, R6, -INF , P4",
-        "FSEL R6, R6, -INF , P5",
-        "MUFU.EX2 R5, R6",
-        "BRA @@6",
-        # 5: a tile
-        "MUFU.EX2 R5, R6",
-        # 6: perhaps a prefetch
-        "@P1 BRA @@8",
-        "LDG.E.128 R8, desc[UR4][R2.64]",
-        "@P2 BRA @@0",
-        "EXIT",
-    )
-    kernel = Kernel(text, "sm_90", TILE, warps=1)
-    ((_, path),) = kernel.hot_loops
-    assert [instruction.address // 16 for instruction, _ in path] == [0, 5, 6, 7, 8]
-
-
-AMDGCN = """
-\t.amdgcn_target "amdgcn-amd-amdhsa--gfx942"
-kernel:                                 ; @kernel
-.Lfunc_begin0:
-\ts_load_dword s85, s[0:1], 0x40
-.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
-.Ltmp1:
-\t.loc\t1 99 25                         ; ntxent_triton.py:99:25
-\ts_and_saveexec_b64 s[6:7], vcc
-\ts_cbranch_execz .LBB0_3
-; %bb.2:
-\tglobal_load_dwordx4 v[8:11], v[8:9], off
-.LBB0_3:                                ;   in Loop: Header=BB0_1 Depth=1
-\tds_read2_b64 v[36:39], v4 offset1:16
-\tv_mfma_f32_32x32x8_f16 v[0:15], v[36:37], v[38:39], v[0:15]
-\tv_exp_f32_e32 v0, v0
-\tv_mul_f32_e32 v3, v80, v3
-\ts_cbranch_scc1 .LBB0_1
-; %bb.4:
-\tglobal_store_dword v[0:1], v2, off
-\ts_endpgm
-.Lfunc_end0:
-    .agpr_count:     0
-    .private_segment_fixed_size: SCRATCH
-    .sgpr_spill_count: 0
-    .vgpr_count:     128
-    .vgpr_spill_count: SPILLED
-"""
-
-
-def test_amd_assembly_is_read_like_sass():
-    kernel = Kernel(AMDGCN, "gfx942", TILE, warps=1)
-    ((loop, path),) = kernel.hot_loops
-    found = kernel.describe_loop(loop, path)
-    counts = {kind: count for kind, count in found["instructions"].items() if count}
-    assert counts == {
-        "tensor": 1,
-        "mufu": 1,
-        "fp32": 1,
-        "integer": 1,
-        "global": 1,
-        "shared": 1,
-        "control": 2,
-        "all": 8,
-    }
-    assert found["loaded_bytes"] == 64 * 16
-    # a wave: a product of 32 x 32 x 8; an exponential at a quarter of the rate
-    assert found["clocks"] == {"tensor": 8, "shared": 8, "valu": 4 + 1}
-
-
-def test_spills_are_counted_in_bytes():
-    spilling = sass("EXIT", registers="REG:255 STACK:24 SHARED:0 LOCAL:8")
-    assert resources(spilling) == {"registers": 255, "spills": 32}
-    assert resources(NESTED) == {"registers": 40, "spills": 0}
-    amd = AMDGCN.replace("SPILLED", "7").replace("SCRATCH", "16")
-    assert resources(amd) == {"registers": 128, "spills": 28}
 
 
 @pytest.mark.parametrize(
@@ -256,6 +80,7 @@ def test_products_with_few_columns_wait_for_shared_memory():
         ("F2FP.BF16.F32.PACK_AB R5, R6, R7", "convert", "alu"),
         ("I2F.RP R17, R6", "convert", "mufu"),
         ("UTMALDG.2D [UR8], [UR4]", "global", "lsu"),
+        ("STL.64 [R1+0x8], R4", "local", "lsu"),
         ("LDSM.16.M88.4 R4, [R8]", "shared", "lsu"),
         ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "sync", "other"),
         ("@!PT LDS RZ, [RZ]", "control", "other"),
