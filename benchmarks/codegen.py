@@ -220,15 +220,21 @@ def broken_rules(record: dict[str, Any]) -> list[str]:
 
 
 def grown(record: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """What costs more than recorded; 10 % and a rounding more, where Triton is another version."""
-    slack = 1.0 if triton.__version__ == recorded["triton"] else 1.1
+    """What costs more than recorded.
+
+    Another version of Triton is only held to the sum, and 20 % more: 3.6 and 3.9 took 0.78 to 1.15
+    times the instructions of 3.7.1, of other kinds.
+    """
     known = recorded["costs"].get(key(record))
     if known is None:
         return [f"{key(record)}: not recorded; python -m benchmarks.codegen --record"]
+    found = costs(record)
+    if triton.__version__ != recorded["triton"]:
+        found, known = {"all": found["all"]}, {"all": 1.2 * known["all"]}
     return [
         f"{key(record)}: at most {known[kind]:g} {kind} instructions, got {cost:g}"
-        for kind, cost in costs(record).items()
-        if cost > known[kind] * slack + (slack - 1.0) * 0.5
+        for kind, cost in found.items()
+        if cost > known[kind]
     ]
 
 

@@ -7,7 +7,7 @@ Rates are peaks for one SM (CU on AMD) and clock. Where they come from:
   and integer sums share the ALU; FP32 and half arithmetic share the FMA pipe with integer products.
 - Tensor cores: dense peak over SMs and boost clock. A100 white paper: 312 TFLOP/s, 108 SMs, 1410
   MHz, that is 1024 multiply-adds in 16 bits. H100 white paper: 989.4 TFLOP/s, 132 SMs, 1830 MHz:
-  2048. B200: twice that, as the FP32 accumulator of 128 x 256 x 16 in 128 clocks says. TF32 half.
+  2048. B200 data sheet: 2250 TFLOP/s, 148 SMs at about 1850 MHz: 4096. TF32 half of each.
 - Shared memory: 128 bytes; without products on tensor cores, where lanes read the same words, an
   access at a time at best. HGMMA and UTCHMMA read their operands from there: A as well, unless it
   is in registers. That makes HGMMA of fewer than 64 columns slower than tensor cores are.
