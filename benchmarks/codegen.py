@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.codegen_report import Kernel, disassembly, sources
 from benchmarks.pipes import GPUS, KINDS
-from simclr_kernels import ntxent_triton
+from simclr_kernels import ntxent_products_triton, ntxent_rows_triton, ntxent_triton
 
 
 class Call(NamedTuple):
@@ -40,41 +40,63 @@ class Call(NamedTuple):
     features: int = 128
     pairs: str = "halves"
     tau: float = 0.1
-    rows: int = 256
+    tau_on_device: bool = False
+    reduction: str = "mean"
+    extras: int = 0  # further negatives, and metrics with them
+    rows: int = 16384
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name} {self.precision} D={self.features} {self.pairs} tau={self.tau:g}"
+        words = [f"{name} {self.precision} D={self.features} {self.pairs} tau={self.tau:g}"]
+        if self.tau_on_device:
+            words.append("on the device")
+        if self.reduction != "mean":
+            words.append(self.reduction)
+        if self.extras:
+            words.append("with negatives and metrics")
+        return " ".join(words)
 
     def launch(self) -> None:
-        z = torch.zeros(self.rows, self.features, dtype=self.dtype)
-        # float32, as the launchers make of a number on a GPU
+        z = torch.empty(self.rows, self.features, dtype=self.dtype)
         tau = torch.tensor(self.tau)
-        rows = ntxent_triton.forward(z, tau, self.pairs, True, self.precision)
-        ntxent_triton.backward(rows[0], z, tau, *rows[1:], self.pairs, True, self.precision)
+        negatives = z[: self.extras] if self.extras else None
+        layout = (self.pairs, True, self.reduction, self.precision)
+        loss, _, *kept = ntxent_triton.forward(z, tau, negatives, *layout, self.extras > 0)
+        ntxent_triton.backward(loss, z, tau, negatives, *kept, *layout)
 
-    def on_tensor_cores(self) -> bool:
-        return self.dtype != torch.float32 or self.precision != "ieee"
+    def on_tensor_cores(self, target: str) -> bool:
+        # an AMD GPU has matrix instructions for float32 too
+        return self.dtype != torch.float32 or self.precision != "ieee" or target == "gfx942"
 
 
-HALF = Call(torch.float16)
+BF16 = Call(torch.bfloat16)
+FP16 = Call(torch.float16)
 TF32 = Call(torch.float32, "tf32")
+IEEE = Call(torch.float32)
 # every kernel for every tile table, on sm_90
 CALLS = {
-    "sm_80": [HALF, TF32],
+    "sm_80": [BF16, TF32, IEEE],
     "sm_90": [
-        Call(torch.bfloat16),
-        Call(torch.bfloat16, features=2048),
-        HALF,
-        HALF._replace(tau=0.005),
-        TF32,
+        *(BF16._replace(features=features) for features in (16, 64, 128, 256, 512)),
+        FP16,
+        FP16._replace(tau=0.005),
+        BF16._replace(tau_on_device=True),
+        BF16._replace(tau_on_device=True, extras=4096, reduction="none", pairs="interleaved"),
+        BF16._replace(features=512, tau_on_device=True, extras=4096),
+        *(TF32._replace(features=features) for features in (64, 128, 256)),
         TF32._replace(tau=0.005),
-        Call(torch.float32),
-        Call(torch.float32, features=33, pairs="interleaved", tau=0.005),
+        TF32._replace(tau_on_device=True, extras=4096),
+        IEEE,
+        IEEE._replace(features=33, pairs="interleaved", tau=0.005),
     ],
-    "sm_100": [HALF, TF32],
-    "gfx942": [HALF],
+    "sm_100": [BF16, TF32, IEEE],
+    "gfx942": [FP16, IEEE],
 }
+# what the other targets lack above: every kernel once
+for _target in ("sm_80", "sm_100", "gfx942"):
+    CALLS[_target] += [
+        FP16._replace(features=512, tau_on_device=True, extras=4096, reduction="none")
+    ]
 
 RECORD = Path(__file__).parent / "results/codegen.json"
 
@@ -122,8 +144,23 @@ def launches(target: str, call: Call) -> list[Launch]:
     def note(kernel, *args, grid, warmup, **given):
         found.append(specialise(target, call, kernel, args, given))
 
-    with mock.patch.object(JITFunction, "run", note):
-        call.launch()
+    def product(w, rows):
+        return torch.empty(len(w), rows.shape[1])
+
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(ntxent_rows_triton, "architecture_of", lambda device: target),
+        mock.patch.object(
+            ntxent_products_triton,
+            "_product",
+            lambda w, rows: rows.new_empty(len(w), rows.shape[1]).float(),
+        ),
+    ):
+        if call.tau_on_device:
+            with mock.patch.object(ntxent_triton, "_tau_operand", lambda tau: tau):
+                call.launch()
+        else:
+            call.launch()
     return found
 
 
@@ -144,7 +181,9 @@ def examine(launch: Launch, sass: Path | None = None) -> dict[str, Any]:
     if sass:
         name = " ".join(label.values()).replace(" ", "_").replace("=", "")
         (sass / f"{name}.sass").write_text(kernel.annotated(sources(compiled.asm)))
-    label["on_tensor_cores"] = kernel.tile is not None and launch.call.on_tensor_cores()
+    label["on_tensor_cores"] = kernel.tile is not None and launch.call.on_tensor_cores(
+        launch.target
+    )
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     return label | kernel.describe(metadata.shared, tensor_memory, metadata.num_warps)
 

@@ -43,10 +43,10 @@ def sources(asm: dict[str, Any]) -> machine_code.Sources:
 def resources(text: str) -> dict[str, int]:
     """Registers of a thread, and the bytes of memory that it spills them to."""
     if "amdgcn_target" in text:
-        names = ("vgpr_count", "sgpr_spill_count", "vgpr_spill_count", "private_segment_fixed_size")
+        # scalar registers spill into lanes of vector registers, which is no memory
+        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         found = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in names}
-        spilled = 4 * (found["sgpr_spill_count"] + found["vgpr_spill_count"])
-        spills = max(spilled, found["private_segment_fixed_size"])
+        spills = max(4 * found["vgpr_spill_count"], found["private_segment_fixed_size"])
         return {"registers": found["vgpr_count"], "spills": spills}
     found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}

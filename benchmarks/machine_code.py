@@ -275,5 +275,7 @@ def hot_path(
                 best[name] = rest, [name, *names]
         return best[name]
 
-    _, names = onward(node[loop.header])
+    found = onward(node[loop.header])
+    # where inner loops overlap no way may be found: then all blocks count
+    names = found[1] if found else sorted(bodies)
     return [step for name in names for step in bodies[name]]

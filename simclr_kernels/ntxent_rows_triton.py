@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr_kernels.ntxent_tile_table import PADDING, architecture_of
+from simclr_kernels.ntxent_tile_table import PADDING, TABLES, Tiles, architecture_of, choose
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,7 +60,7 @@ def inverse_tau(tau, TAU_ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def is_bounded(inv_tau):
-    """Whether the constant maximum holds, where only the device knows tau. NaN counts as bounded."""
+    """Whether the constant maximum holds, where only the device knows tau; so does NaN."""
     return (inv_tau <= 1.0 / SMALLEST_BOUNDED_TAU) | (inv_tau != inv_tau)
 
 
@@ -70,6 +70,67 @@ def constant_top(inv_tau):
     # as a comparison, so that NaN stays
     over = inv_tau * LOG2E - 100.0
     return tl.where(over < 0.0, 0.0, over)
+
+
+@triton.jit
+def load_tile(unit_ptr, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Whole rows [row, row + BLOCK) of the padded unit rows."""
+    offs = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(unit_ptr + tl.cast(row, tl.int64) * WIDTH + offs)
+
+
+@triton.jit
+def held_rows(unit_ptr, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What similarity takes of rows that it will meet again: nothing where rows go by chunks."""
+    if BLOCK_D == WIDTH:
+        return load_tile(unit_ptr, row, WIDTH, BLOCK)
+    else:
+        return row
+
+
+@triton.jit
+def similarity(
+    z_m,  # held_rows of m
+    m_ptr,
+    row_m,
+    n_ptr,
+    row_n,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N]; by chunks of BLOCK_D features where whole rows do not fit."""
+    if BLOCK_D == WIDTH:
+        z_n = load_tile(n_ptr, row_n, WIDTH, BLOCK_N)
+        return tl.dot(z_m, tl.trans(z_n), input_precision=PRECISION)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        m_ptrs = m_ptr + tl.cast(row_m, tl.int64) * WIDTH
+        n_ptrs = n_ptr + tl.cast(row_n, tl.int64) * WIDTH
+        m_ptrs += tl.arange(0, BLOCK_M)[:, None] * WIDTH + offs_d
+        n_ptrs += tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for _ in range(0, WIDTH, BLOCK_D):
+            s = tl.dot(tl.load(m_ptrs), tl.trans(tl.load(n_ptrs)), s, input_precision=PRECISION)
+            m_ptrs += BLOCK_D
+            n_ptrs += BLOCK_D
+        return s
+
+
+@triton.jit
+def own_tiles(image, tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The range of tiles of a view that may hold one of the images [image, image + BLOCK_M)."""
+    return image // BLOCK_N, tl.minimum((image + BLOCK_M + BLOCK_N - 1) // BLOCK_N, tiles)
+
+
+@triton.jit
+def other_tile(k, others, first, last):
+    """(view, tile) of the k-th of the `others` tiles of each view outside [first, last)."""
+    view = tl.where(k >= others, 1, 0)
+    tile = k - view * others
+    return view, tile + tl.where(tile >= first, last - first, 0)
 
 
 @triton.jit
@@ -219,12 +280,13 @@ class Batch(NamedTuple):
         return is_rounded(self.z.dtype, self.precision)
 
     @property
-    def architecture(self) -> str:
-        return architecture_of(self.z.device)
-
-    @property
     def tau_on_device(self) -> bool:
         return isinstance(self.tau, Tensor)
+
+    def tiles(self, kernel: str) -> Tiles | None:
+        """The configuration of a kernel, a field of Table; None if the rows are too wide for it."""
+        choices = getattr(TABLES[architecture_of(self.z.device)], kernel)
+        return choose(choices, self.z.dtype, self.precision, self.rows.width)
 
 
 def is_rounded(dtype: torch.dtype, precision: str) -> bool:
@@ -238,7 +300,7 @@ def row_blocks(width: int) -> tuple[int, int]:
 
 
 def padded_width(features: int) -> int:
-    """Features of a padded row: a power of two up to 256, tl.dot's least 16; else a multiple of 64."""
+    """Features of a padded row: from 16 up to 256 a power of two, else a multiple of 64."""
     return max(16, triton.next_power_of_2(features)) if features <= 256 else -(-features // 64) * 64
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from simclr_kernels.ntxent_backward_triton import launch_backward
 from simclr_kernels.ntxent_finish_triton import launch_combine, launch_rates
-from simclr_kernels.ntxent_forward_triton import launch_rows, launch_triangle
 from simclr_kernels.ntxent_rows_triton import (
     BOUNDED,
     RUNNING,
@@ -33,7 +32,9 @@ from simclr_kernels.ntxent_rows_triton import (
     padded_images,
     padded_width,
 )
+from simclr_kernels.ntxent_sums_triton import launch_rows
 from simclr_kernels.ntxent_tile_table import PADDING
+from simclr_kernels.ntxent_triangle_triton import launch_triangle
 
 
 def kept_shapes(rows: int, features: int) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,173 @@
+"""NT-Xent backward on a GPU for rows too wide to be kept in registers, and for IEEE float32.
+
+A kernel writes w for a block of rows, in the dtype of the rows; torch multiplies it with the unit
+rows. 2 U of FLOPs as in ntxent_backward_triton.py, and the block is of bounded size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simclr_kernels.ntxent_finish_triton import Rates, launch_finish
+from simclr_kernels.ntxent_rows_triton import Batch, UnitRows, held_rows, inverse_tau, similarity
+from simclr_kernels.ntxent_tile_table import PADDING, Tiles
+from simclr_kernels.ntxent_weights_triton import row_operands, weights
+
+WEIGHTS_BYTES = 64 << 20
+
+
+@triton.jit
+def _ntxent_weights_kernel(
+    unit_ptr,  # (2 * padded, WIDTH) unit rows
+    stretch_ptr,  # (2 * padded,) float32: of the rows, if ROUNDED
+    columns_ptr,  # (columns, WIDTH) unit rows: unit_ptr, or further negatives if EXTRA
+    columns_stretch_ptr,
+    rates_ptr,  # (3, 2 * padded) float32: rate, top
+    tau,
+    w_ptr,  # (blocks of rows * BLOCK_M, columns) in the dtype of the rows, out
+    padded,
+    columns,
+    first_row,  # of the run, in view-by-view rows of `stride` a view
+    stride,
+    first_image,
+    count,
+    exponent,
+    WIDTH: tl.constexpr,
+    LOGITS: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    EXTRA: tl.constexpr,
+    TAU_ON_DEVICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of w, of the route that takes it through matrix products."""
+    row = first_row + tl.program_id(0) * BLOCK_M
+    view = row // stride
+    first = row - view * stride
+    row_n = tl.program_id(1) * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    inside = first + offs_m < count
+    row_m = view * padded + first_image + first
+    # fmt: off
+    z_m = held_rows(unit_ptr, row_m, WIDTH, BLOCK_M, BLOCK_D)
+    s = similarity(
+        z_m, unit_ptr, row_m, columns_ptr, row_n, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+    )
+    # fmt: on
+    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    # fmt: off
+    scale, rate_m, offset_m, bounded = row_operands(
+        stretch_ptr, rates_ptr, row_m, inside, 2 * padded, inv_tau, exponent,
+        LOGITS, ROUNDED, BLOCK_M
+    )
+    # fmt: on
+    # fmt: off
+    if bounded:
+        w = weights(
+            s, columns_stretch_ptr, rates_ptr, 2 * padded, row_n, scale, rate_m, offset_m, exponent,
+            False, ROUNDED, EXTRA, BLOCK_N
+        )
+    else:
+        w = weights(
+            s, columns_stretch_ptr, rates_ptr, 2 * padded, row_n, scale, rate_m, offset_m, exponent,
+            True, ROUNDED, EXTRA, BLOCK_N
+        )
+    # fmt: on
+    if not EXTRA:
+        # a row's own image is no negative of it
+        image_m = first_image + first + offs_m
+        image_n = row_n % padded + offs_n
+        w = tl.where(image_m[:, None] != image_n[None, :], w, 0.0)
+    at = (tl.program_id(0) * BLOCK_M + offs_m).to(tl.int64)[:, None] * columns
+    tl.store(w_ptr + at + (row_n + offs_n)[None, :], w.to(w_ptr.dtype.element_ty))
+
+
+def launch_products(batch: Batch, rates: Rates, exponent: float) -> tuple[Tensor, Tensor | None]:
+    """See launch_backward; w times 2^exponent fits its dtype."""
+    rows = batch.rows
+    tiles = batch.tiles("weights")
+    stride = triton.cdiv(batch.count, tiles.BLOCK_M) * tiles.BLOCK_M
+    sum_w = rows.stretch.new_empty(1, 2 * stride, rows.width)
+    extra_along = rows.stretch.new_empty(1, 2 * stride) if batch.negatives else None
+    columns = 2 * rows.padded
+    block = WEIGHTS_BYTES // (columns * rows.unit.element_size())
+    block = max(block // tiles.BLOCK_M, 1) * tiles.BLOCK_M
+    down = 2.0**-exponent
+    for first in range(0, 2 * stride, block):
+        run = slice(first, min(first + block, 2 * stride))
+        w = _launch_weights(batch, rates, tiles, stride, run, exponent, rows)
+        torch.mul(_product(w, rows.unit[:columns]), down, out=sum_w[0, run])
+        if batch.negatives:
+            w = _launch_weights(batch, rates, tiles, stride, run, exponent, batch.negatives)
+            added = _product(w, batch.negatives.unit[: w.shape[1]]) * down
+            sum_w[0, run] += added
+            extra_along[0, run] = (added * _stretched_rows(batch, stride, run)).sum(1)
+    arrived = torch.zeros((), dtype=torch.int32, device=batch.z.device)
+    return launch_finish(batch, rates, sum_w, extra_along, arrived)
+
+
+def _launch_weights(
+    batch: Batch,
+    rates: Rates,
+    tiles: Tiles,
+    stride: int,
+    run: slice,
+    exponent: float,
+    columns: UnitRows,
+) -> Tensor:
+    """(rows of the run, columns) weights in the dtype of the rows, all of `columns` or all rows."""
+    rows = batch.rows
+    width = columns.unit.shape[0] - PADDING
+    w = rows.unit.new_empty(run.stop - run.start, width)
+    _ntxent_weights_kernel[(w.shape[0] // tiles.BLOCK_M, width // tiles.BLOCK_N)](
+        rows.unit,
+        rows.stretch,
+        columns.unit,
+        columns.stretch,
+        rates.rows,
+        batch.tau,
+        w,
+        rows.padded,
+        width,
+        run.start,
+        stride,
+        batch.first_image,
+        batch.count,
+        exponent,
+        WIDTH=rows.width,
+        LOGITS=batch.logits,
+        ROUNDED=batch.rounded,
+        EXTRA=columns is not rows,
+        TAU_ON_DEVICE=batch.tau_on_device,
+        PRECISION=batch.precision,
+        BLOCK_M=tiles.BLOCK_M,
+        BLOCK_N=tiles.BLOCK_N,
+        BLOCK_D=tiles.BLOCK_D,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        enable_fp_fusion=True,
+    )
+    return w
+
+
+def _product(w: Tensor, rows: Tensor) -> Tensor:
+    """w @ rows, summed in float32; float32 operands follow torch's switch as they find it."""
+    if w.dtype == torch.float32:
+        return w @ rows
+    if w.is_cuda:
+        return torch.mm(w, rows, out_dtype=torch.float32)
+    return w.float() @ rows.float()
+
+
+def _stretched_rows(batch: Batch, stride: int, run: slice) -> Tensor:
+    """The rows of the run as the similarities have them, in float32."""
+    row = torch.arange(run.start, run.stop, device=batch.z.device)
+    view = row // stride
+    at = view * batch.rows.padded + batch.first_image + row - view * stride
+    return batch.rows.unit[at].float() * batch.rows.stretch[at, None]
