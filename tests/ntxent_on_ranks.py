@@ -44,6 +44,7 @@ CASES = (
     Case("sum", reduction="sum"),
     Case("none", reduction="none"),
     Case("running maximum", tau=0.005),
+    Case("float64 running maximum", torch.float64, tau=0.005),
     Case("dot products", normalize=False, pairs="interleaved"),
     Case("same negatives", negatives="same"),
     Case("own negatives", negatives="own"),
