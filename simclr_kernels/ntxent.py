@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from simclr_kernels import _C
+from simclr_kernels import ntxent_cpu
 from simclr_kernels.reference import SQUARED_NORM_FLOOR, positive_index, unit_rows
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -209,24 +209,10 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
     _check_tau(tau.item())
     if z.dtype == torch.float64:
         return _forward_tiles(z, tau, pairs, normalize, precision)
-    rows, features = z.shape
-    z = z.detach().contiguous().float()
-    # not of torch's default dtype and device: C++ writes float32 there
-    loss, top, mass, negative_share = (z.new_empty(rows) for _ in range(4))
-    _C.ntxent_forward(
-        z.data_ptr(),
-        rows,
-        features,
-        pairs == "interleaved",
-        normalize,
-        tau.item(),
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        top.data_ptr(),
-        mass.data_ptr(),
-        negative_share.data_ptr(),
-    )
-    return loss, top, mass, negative_share
+    span = len(z) if pairs == "halves" else 2
+    top, mass, _ = ntxent_cpu.negative_sums(z, tau, None, span, 0, len(z), normalize, False)
+    loss, stats = ntxent_cpu.finish_rows(z, tau, top, mass, span, normalize)
+    return loss, *stats
 
 
 def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
@@ -234,25 +220,9 @@ def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, pr
     if z.dtype == torch.float64:
         kept = (top, mass, negative_share)
         return _backward_tiles(dloss, z, tau, *kept, pairs, normalize, precision)
-    rows, features = z.shape
-    rows_of_z = z.detach().contiguous().float()
-    dloss, top, mass, negative_share = _by_row(z, dloss, top, mass, negative_share)
-    dz = rows_of_z.new_empty(rows, features)
-    dtau = _C.ntxent_backward(
-        rows_of_z.data_ptr(),
-        rows,
-        features,
-        pairs == "interleaved",
-        normalize,
-        tau.item(),
-        torch.get_num_threads(),
-        top.data_ptr(),
-        mass.data_ptr(),
-        negative_share.data_ptr(),
-        dloss.data_ptr(),
-        dz.data_ptr(),
-    )
-    return dz.to(z.dtype), tau.new_tensor(dtau)
+    span = len(z) if pairs == "halves" else 2
+    stats = torch.stack(_by_row(z, top, mass, negative_share))
+    return ntxent_cpu.row_gradients(dloss, z, tau, None, stats, span, 0, len(z), normalize)
 
 
 def _triton_kernels():
