@@ -107,8 +107,9 @@ class NTXentLoss(nn.Module):
         return fused_nt_xent(torch.cat((z0, z1)), self.temperature, group=group)
 
     def extra_repr(self) -> str:
-        gather = ", gather_distributed=True" if self.gather_distributed else ""
-        return f"temperature={float(self.temperature):g}{gather}"
+        gather = ["gather_distributed=True"] if self.gather_distributed else []
+        fixed = [f"temperature={self.fixed_temperature:g}"] if self.learned is None else []
+        return ", ".join(fixed + gather)
 
 
 class NegativeQueue(nn.Module):
@@ -167,8 +168,13 @@ class NegativeQueue(nn.Module):
             ValueError: z is not (M, D), or with a group differs in shape between ranks.
         """
         if group is not None:
-            from simclr_kernels.ntxent_distributed import gather_rows, refuse_unlike_ranks
+            from simclr_kernels.ntxent_distributed import (
+                check_group,
+                gather_rows,
+                refuse_unlike_ranks,
+            )
 
+            check_group(group)
             refuse_unlike_ranks(
                 group, z.device, lambda: self._check(z), {"elements of z": z.numel()}
             )
