@@ -247,12 +247,13 @@ def upstream_of_rows(dloss: Tensor, rows: int, scale: float, dtype: torch.dtype)
     return (dloss.detach().to(dtype) * scale).expand(rows).contiguous()
 
 
-def _check_kept(dloss, z, stats, reduction):
-    rows = z.shape[0]
-    if dloss.shape != ((rows,) if reduction == "none" else ()) or stats.shape != (3, rows):
+def _check_kept(dloss, z, reduction, kept, shapes):
+    expected = [(z.shape[0],) if reduction == "none" else (), *shapes]
+    got = [tuple(x.shape) for x in (dloss, *kept)]
+    if got != [tuple(shape) for shape in expected]:
         raise ValueError(
-            f"dloss must have the shape of the loss and stats (3, {rows}) for {rows} rows, "
-            f"got {tuple(dloss.shape)} and {tuple(stats.shape)}"
+            f"dloss must have the shape of the loss, and what forward kept its own, {expected}, "
+            f"got {got}"
         )
 
 
@@ -276,8 +277,8 @@ def _backward_rows(
     dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
 ):
     check(z, negatives, pairs, reduction)
-    _check_kept(dloss, z, stats, reduction)
     rows = z.shape[0]
+    _check_kept(dloss, z, reduction, (stats,), [(3, rows)])
     dloss = upstream_of_rows(dloss, rows, 1 / rows if reduction == "mean" else 1.0, row_dtype(z))
     span = rows if pairs == "halves" else 2
     dz, dtau = kernels_for(z).row_gradients(
@@ -297,14 +298,17 @@ def _forward_cuda(z, tau, negatives, pairs, normalize, reduction, *rest):
         return _triton_kernels().forward(z, tau, negatives, pairs, normalize, reduction, *rest)
 
 
-def _backward_cuda(dloss, z, tau, negatives, stats, *rest):
-    *_, pairs, _, reduction, _ = rest
+def _backward_cuda(
+    dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+):
+    operands = z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
     if z.dtype == torch.float64:
-        return _backward_rows(dloss, z, tau, negatives, stats, *rest)
+        return _backward_rows(dloss, *operands)
     check(z, negatives, pairs, reduction)
-    _check_kept(dloss, z, stats, reduction)
+    kernels = _triton_kernels()
+    _check_kept(dloss, z, reduction, (stats, unit, stretch), kernels.kept_shapes(*z.shape))
     with torch.cuda.device(z.device):
-        return _triton_kernels().backward(dloss, z, tau, negatives, stats, *rest)
+        return kernels.backward(dloss, *operands)
 
 
 for _key, _forward, _backward in (

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from simclr_kernels.ntxent import check_tau, fused_nt_xent
 
@@ -102,8 +102,8 @@ class NTXentLoss(nn.Module):
                 f"got {tuple(z0.shape)} and {tuple(z1.shape)}"
             )
         group = None
-        if self.gather_distributed and torch.distributed.is_initialized():
-            group = torch.distributed.group.WORLD
+        if self.gather_distributed and distributed.is_available() and distributed.is_initialized():
+            group = distributed.group.WORLD
         return fused_nt_xent(torch.cat((z0, z1)), self.temperature, group=group)
 
     def extra_repr(self) -> str:

@@ -68,8 +68,7 @@ def _logits(z, tau, pairs, normalize, negatives):
         z, columns = unit_rows(z), unit_rows(columns)
     logits = z @ columns.T / tau
     not_negative = torch.zeros_like(logits, dtype=torch.bool)
-    not_negative[i, i] = True
-    not_negative[i, positive] = True
+    not_negative[i, i] = not_negative[i, positive] = True
     return logits[i, positive], logits.masked_fill(not_negative, float("-inf"))
 
 
@@ -81,37 +80,27 @@ def nt_xent_metrics(
     normalize: bool = True,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Accuracy, entropy, mean similarity of the positives and of the negatives: NTXentMetrics.
-
-    Each is a mean over the M rows, over all 2N - 1 + K candidates of a row.
-    """
+    """NTXentMetrics: means over the M rows, over all 2N - 1 + K candidates of a row."""
     pos, logits = _logits(z, tau, pairs, normalize, negatives)
     right = is_nearest(pos, logits.amax(1), tau, normalize)
-    log_p = torch.cat((pos[:, None], logits), 1).log_softmax(1)
-    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(z.dtype).min)).sum(1)
-    similarity = (logits * tau).masked_select(logits > float("-inf"))
-    return right.to(z.dtype).mean(), entropy.mean(), (pos * tau).mean(), similarity.mean()
+    entropy = torch.special.entr(torch.cat((pos[:, None], logits), 1).softmax(1)).sum(1)
+    negative = logits[logits > float("-inf")]
+    return right.to(z.dtype).mean(), entropy.mean(), pos.mean() * tau, negative.mean() * tau
 
 
 def is_nearest(pos: Tensor, largest: Tensor, tau: float | Tensor, normalize: bool) -> Tensor:
-    """Whether the logit of a positive is at least the largest of the negatives, to rounding.
-
-    Similarities of unit rows round like 1, however small they are.
-    """
+    """Whether the logit of a positive is at least the largest of the negatives, to rounding."""
     size = torch.maximum(pos.abs(), largest.abs())
-    if normalize:
-        size = size.clamp_min(1 / tau)
-    return pos + TIE * size >= largest
+    # similarities of unit rows round like 1, however small they are
+    return pos + TIE * (size.clamp_min(1 / tau) if normalize else size) >= largest
 
 
 def original_metrics(z: Tensor, tau: float, normalize: bool = True) -> tuple[Tensor, Tensor]:
-    """contrast_acc and contrast_entropy of the original, for view-major rows.
+    """contrast_acc and contrast_entropy of the original: of view 0 among the N rows of view 1.
 
-    Of view 0 among the N rows of view 1 alone; a tie counts as right for the first of the equal
-    rows; the entropy is that of p + 1e-8.
+    Of equal rows the first counts as the nearest; the entropy is that of p + 1e-8.
     """
-    z = unit_rows(z) if normalize else z
-    view0, view1 = z.chunk(2)
+    view0, view1 = (unit_rows(z) if normalize else z).chunk(2)
     p = (view0 @ view1.T / tau).softmax(1)
     right = p.argmax(1) == torch.arange(len(p), device=z.device)
     return right.to(z.dtype).mean(), -(p * (p + 1e-8).log()).sum(1).mean()

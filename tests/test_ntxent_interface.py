@@ -2,9 +2,11 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from simclr_kernels import _C, NegativeQueue, NTXentLoss, fused_nt_xent, ntxent
@@ -54,12 +56,13 @@ def test_operators_refuse_rows_that_the_kernels_would_read_out_of_bounds():
     with pytest.raises(ValueError, match="tau must be a positive finite number, got -2"):
         forward(z, torch.tensor(-2.0), None, *flags, False)
     for dloss, kept, got in (
-        (rows[:4], stats, r"\(4,\) and \(3, 6\)"),
-        (rows, stats[:, :4], r"\(6,\) and \(3, 4\)"),
-        (rows, stats[0], r"\(6,\) and \(6,\)"),
-        (rows[0], stats, r"\(\) and \(3, 6\)"),
+        (rows[:4], stats, r"\[\(4,\), \(3, 6\)\]"),
+        (rows, stats[:, :4], r"\[\(6,\), \(3, 4\)\]"),
+        (rows, stats[0], r"\[\(6,\), \(6,\)\]"),
+        (rows[0], stats, r"\[\(\), \(3, 6\)\]"),
     ):
-        with pytest.raises(ValueError, match=f"the shape of the loss .* for 6 rows, got {got}"):
+        rule = r"what forward kept its own, \[\(6,\), \(3, 6\)\], got "
+        with pytest.raises(ValueError, match=rule + got):
             backward(dloss, z, tau, None, kept, empty, empty, *flags)
 
 
@@ -117,6 +120,20 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="needs triton.*pip install triton"):
         ntxent._triton_kernels()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_compiler_knows_what_a_gpu_keeps_for_backward(dtype, monkeypatch):
+    shapes = SimpleNamespace(kept_shapes=lambda rows, features: ((4, rows), (rows, 64), (rows,)))
+    monkeypatch.setattr(ntxent, "_triton_kernels", lambda: shapes)
+    with FakeTensorMode():
+        z = torch.empty(6, 5, dtype=dtype, device="cuda")
+        loss, metrics, stats, unit, stretch = forward(z, torch.tensor(0.1), None, *FLAGS, True)
+    of_row = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {x.dtype for x in (loss, metrics, stats, stretch)} == {of_row} and unit.dtype == dtype
+    assert loss.shape == () and metrics.shape == (3, 6)
+    kept = [stats.shape, unit.shape, stretch.shape]
+    assert kept == ([(3, 6), (0,), (0,)] if dtype == torch.float64 else [(4, 6), (6, 64), (6,)])
 
 
 def test_autocast_does_not_change_a_bit():
