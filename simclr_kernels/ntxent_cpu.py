@@ -116,6 +116,7 @@ def _by_row(z: Tensor, shape: tuple[int, ...], **values: Tensor) -> list[Tensor]
     for name, x in values.items():
         if x.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape} for {len(z)} rows, got {tuple(x.shape)}"
+                f"{name} must have shape {shape}, for each of {len(z)} rows, "
+                f"got shape {tuple(x.shape)}"
             )
     return [x.detach().to(torch.float32).contiguous() for x in values.values()]
