@@ -45,25 +45,49 @@ const pid_t loaded_by = getpid();
 
 std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
 
-// Memory of one call, given back at its end; not initialised: zeroing it would cost as much as the
-// loss of a small batch.
+// Memory of the one call that runs on this thread. Not initialised, and the first MiB kept by the thread for its next call: for
+// a small batch, zeroing it, or page faults on memory returned to the system, cost as much as the
+// loss.
 class Memory {
    public:
+    Memory() {
+        if (!kept) kept.reset(allocate(KEPT_BYTES));
+        next = kept.get();
+    }
+
     template <class T>
     T* take(std::int64_t count) {
         static_assert(std::is_trivially_destructible_v<T>);
-        void* p = std::aligned_alloc(64, round_up(count * std::int64_t(sizeof(T)) + 1, 64));
-        if (!p) throw std::bad_alloc();
-        held.emplace_back(p);
-        return static_cast<T*>(p);
+        const std::int64_t bytes = round_up(count * std::int64_t(sizeof(T)), 64);
+        if (bytes > left) {
+            held.emplace_back(allocate(bytes));
+            return reinterpret_cast<T*>(held.back().get());
+        }
+        char* start = next;
+        next += bytes;
+        left -= bytes;
+        return reinterpret_cast<T*>(start);
     }
 
    private:
     struct Free {
-        void operator()(void* p) const { std::free(p); }
+        void operator()(char* p) const { std::free(p); }
     };
-    std::vector<std::unique_ptr<void, Free>> held;
+    using Bytes = std::unique_ptr<char, Free>;
+    static constexpr std::int64_t KEPT_BYTES = 1 << 20;
+    static thread_local Bytes kept;
+    std::vector<Bytes> held;
+    std::int64_t left = KEPT_BYTES;
+    char* next;
+
+    static char* allocate(std::int64_t bytes) {
+        void* p = std::aligned_alloc(64, bytes);
+        if (!p) throw std::bad_alloc();
+        return static_cast<char*>(p);
+    }
 };
+
+thread_local Memory::Bytes Memory::kept;
 
 // body(thread) on each of at most `threads` threads. In it run() shares out loops.
 template <class Body>
@@ -96,6 +120,7 @@ struct Columns {
 class Work {
    public:
     Problem p{};
+    Memory memory;
     int threads;
     std::int64_t blocks, padded_rows;
 
@@ -236,7 +261,6 @@ class Work {
    private:
     const NtxentInput& in;
     const bool backward;
-    Memory memory;
     std::int64_t block_floats, slab_blocks;
     float *transposed, *panels, *weights, *top = nullptr, *rate = nullptr;
     float *slab_transposed, *slab_panels, *slab_top, *slab_rate;
@@ -268,10 +292,14 @@ class Work {
     }
 };
 
-// Logit in base 2 of row i of in.z with its positive.
+// The positive of row i, and the logit of the two in base 2.
+std::int64_t partner_of(const NtxentInput& in, std::int64_t i) {
+    return i - i % in.span + (i % in.span + in.span / 2) % in.span;
+}
+
 double positive_logit(const NtxentInput& in, std::int64_t i) {
-    const std::int64_t partner = i - i % in.span + (i % in.span + in.span / 2) % in.span;
-    const float *own = in.z + i * in.features, *other = in.z + partner * in.features;
+    const float* own = in.z + i * in.features;
+    const float* other = in.z + partner_of(in, i) * in.features;
     const Norm norm = kernels->norm(own, in.features, in.normalize);
     const Norm norm_other = kernels->norm(other, in.features, in.normalize);
     return kernels->similarity(own, other, norm, norm_other, in.features) / (in.tau * LN2);
@@ -317,7 +345,7 @@ void ntxent_negative_sums(const NtxentInput& in, float* top, float* mass, float*
     Work work(in, false);
     Problem& p = work.p;
     p.with_metrics = metrics != nullptr;
-    Memory memory;
+    Memory& memory = work.memory;
     const bool levels = !p.bounded || p.with_metrics;
     p.sums.mass = memory.take<double>(work.padded_rows);
     p.sums.top = memory.take<float>(levels ? work.padded_rows : 0);
@@ -346,16 +374,21 @@ void ntxent_finish_rows(const NtxentInput& in, const float* top, const float* ma
     float *levels = stats, *totals = stats + in.rows, *shares = stats + 2 * in.rows;
     const bool bounded = in.normalize && in.tau >= 0.0128;
     const bool alone = in.rows * in.features < 1 << 16 || getpid() != loaded_by;
+    const auto finish = [&](std::int64_t i, double logit) {
+        const double excess = (top[i] - logit) * LN2 + std::log(double(mass[i]));
+        const double small = std::exp(-std::fabs(excess));  // odds of the less likely side
+        loss[i] = float((excess < 0 ? 0 : excess) + std::log1p(small));
+        shares[i] = float((excess < 0 ? small : 1) / (1 + small));
+        levels[i] = bounded ? top[i] : float(std::max(double(top[i]), logit));
+        const double kept = bounded ? 1 : std::exp2(double(top[i]) - levels[i]);
+        totals[i] = float(mass[i] * kept + std::exp2(logit - levels[i]));
+    };
     in_parallel(alone ? 1 : std::max(in.threads, 1), [&](int) {
-        share(in.rows, [&](std::int64_t i) {
+        share(in.rows / 2, [&](std::int64_t image) {
+            const std::int64_t half = in.span / 2, i = image / half * in.span + image % half;
             const double logit = positive_logit(in, i);
-            const double excess = (top[i] - logit) * LN2 + std::log(double(mass[i]));
-            const double small = std::exp(-std::fabs(excess));  // odds of the less likely side
-            loss[i] = float((excess < 0 ? 0 : excess) + std::log1p(small));
-            shares[i] = float((excess < 0 ? small : 1) / (1 + small));
-            levels[i] = bounded ? top[i] : float(std::max(double(top[i]), logit));
-            const double kept = bounded ? 1 : std::exp2(double(top[i]) - levels[i]);
-            totals[i] = float(mass[i] * kept + std::exp2(logit - levels[i]));
+            finish(i, logit);
+            finish(i + half, logit);
         });
     });
 }
@@ -364,7 +397,7 @@ double ntxent_row_gradients(const NtxentInput& in, const float* stats, const flo
                             float* dz) {
     Work work(in, true);
     Problem& p = work.p;
-    Memory memory;
+    Memory& memory = work.memory;
     const float *totals = stats + in.rows, *shares = stats + 2 * in.rows;
     // near 1, so that dloss / total neither overflows nor loses digits
     float largest = 0.0f;

@@ -146,7 +146,8 @@ SIMD_INLINE void add_each(double* to, Vec v) {
 // Adds a block of terms to the masses of its rows and its columns.
 SIMD_INLINE void add_terms(const Problem& p, const Block& a, const Block& b, bool both_sides,
                            const float* terms) {
-    Vec by_row[MAX_BLOCK_ROWS] = {};
+    Vec by_row[MAX_BLOCK_ROWS];
+    std::fill_n(by_row, a.rows, Vec{});
     for (std::int64_t j = 0; j < b.rows; j += WIDTH) {
         Vec left = {}, right = {};
         for (std::int64_t r = 0; r < a.rows; ++r) {
@@ -160,13 +161,7 @@ SIMD_INLINE void add_terms(const Problem& p, const Block& a, const Block& b, boo
         add_each(p.sums.mass + b.first + j, left);
         add_each(p.sums.mass + b.first + j + FLOATS, right);
     }
-    for (std::int64_t r = 0; r < a.rows; r += FLOATS) {
-        Vec group[FLOATS], total = {};
-        for (int k = 0; k < FLOATS; ++k) group[k] = by_row[r + k];
-        transpose(group);
-        for (int k = 0; k < FLOATS; ++k) total += group[k];
-        add_each(p.sums.mass + a.first + r, total);
-    }
+    for (std::int64_t r = 0; r < a.rows; ++r) p.sums.mass[a.first + r] += sum(by_row[r]);
 }
 
 // The level of row i once it has seen an exponent: 0, or the running maximum. Rescales its sums.
@@ -312,18 +307,25 @@ void pack(const Problem& p, const float* source, std::int64_t rows, float* trans
         }
 }
 
-// Where features d, d + 1, ... of unit row i lie, up to the end of a panel.
-SIMD_INLINE const float* unit_part(const Problem& p, std::int64_t i, std::int64_t d) {
-    const float* block = p.panels + i / p.block_rows * p.block_rows * p.padded_features;
-    return block + d / WIDTH * WIDTH * p.block_rows + i % p.block_rows * WIDTH + d % WIDTH;
-}
+// Unit row i, which lies in panels; at(d) are its features from d on.
+struct UnitRow {
+    const float* start;
+    std::int64_t panel;
+
+    UnitRow(const Problem& p, std::int64_t i)
+        : start(p.panels + i / p.block_rows * p.block_rows * p.padded_features +
+                i % p.block_rows * WIDTH),
+          panel(p.block_rows * WIDTH) {}
+    Vec at(std::int64_t d) const { return load(start + d / WIDTH * panel + d % WIDTH); }
+};
 
 void note_along(const Problem& p, const Block& a) {
     for (std::int64_t i = a.first; i < a.first + a.rows; ++i) {
         const float* row = p.dz + i * p.features;
+        const UnitRow own(p, i);
         Vec inner = {};
         for (std::int64_t d = 0; d < p.features; d += FLOATS)
-            inner += load_some(row + d, p.features - d) * load(unit_part(p, i, d));
+            inner += load_some(row + d, p.features - d) * own.at(d);
         p.along[i] = sum(inner);
     }
 }
@@ -333,22 +335,21 @@ void finish(const Problem& p, const Block& a) {
     for (std::int64_t i = a.first; i < a.first + a.rows; ++i) {
         float* row = p.dz + i * D;
         const std::int64_t partner = p.positive[i];
+        const UnitRow own(p, i), other(p, partner);
         const float weight = -(p.positive_share[i] + p.positive_share[partner]);
         // the difference keeps the digits of a close pair; what it adds along z^ the projection
         // removes
         const float kept = p.norm[i].kept;
         Vec products = {};
         for (std::int64_t d = 0; d < D; d += FLOATS) {
-            const Vec own = load(unit_part(p, i, d)), other = load(unit_part(p, partner, d));
-            const Vec x = load_some(row + d, D - d) + weight * (other - kept * own);
-            products += x * own;
+            const Vec x = load_some(row + d, D - d) + weight * (other.at(d) - kept * own.at(d));
+            products += x * own.at(d);
             store_some(row + d, x, D - d);
         }
         const float inner = sum(products), scale = p.unscale * p.norm[i].inverse;
         p.along[i] += inner + kept * weight;
         for (std::int64_t d = 0; d < D; d += FLOATS) {
-            const Vec own = load(unit_part(p, i, d));
-            const Vec x = scale * (load_some(row + d, D - d) - kept * inner * own);
+            const Vec x = scale * (load_some(row + d, D - d) - kept * inner * own.at(d));
             store_some(row + d, x, D - d);
         }
     }

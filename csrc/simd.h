@@ -38,16 +38,25 @@ SIMD_INLINE void store_some(float* p, Vec v, std::int64_t count) {
     for (std::int64_t k = 0; k < count; ++k) p[k] = part[k];
 }
 
-SIMD_INLINE float sum(Vec v) {
-    float total = 0.0f;
-    for (int k = 0; k < FLOATS; ++k) total += v[k];
-    return total;
+// Adds, or takes the larger of, lanes half a vector apart, then a quarter, and so on.
+template <int STEP, int... K>
+SIMD_INLINE Vec lanes_apart(Vec v, std::integer_sequence<int, K...>) {
+    const IntVec order = {(K ^ STEP)...};
+    return __builtin_shuffle(v, order);
 }
 
+template <int STEP = FLOATS / 2>
+SIMD_INLINE float sum(Vec v) {
+    v += lanes_apart<STEP>(v, std::make_integer_sequence<int, FLOATS>{});
+    if constexpr (STEP > 1) return sum<STEP / 2>(v);
+    return v[0];
+}
+
+template <int STEP = FLOATS / 2>
 SIMD_INLINE float largest(Vec v) {
-    float m = v[0];
-    for (int k = 1; k < FLOATS; ++k) m = v[k] > m ? v[k] : m;
-    return m;
+    v = larger(lanes_apart<STEP>(v, std::make_integer_sequence<int, FLOATS>{}), v);
+    if constexpr (STEP > 1) return largest<STEP / 2>(v);
+    return v[0];
 }
 
 // Swaps the blocks off the diagonal of the 2 x 2 blocks of STEP lanes in two rows STEP apart.

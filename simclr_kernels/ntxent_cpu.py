@@ -32,7 +32,8 @@ def negative_sums(
     z, operands = _operands(z, tau, span, normalize)
     negatives, asked = _asked(z, negatives, first, count)
     # not of torch's default dtype and device: C++ writes float32 there
-    top, mass = z.new_empty(2, count)
+    top = z.new_empty(count)
+    mass = z.new_empty(count)
     metrics = z.new_empty(3, count if with_metrics else 0)
     _C.ntxent_negative_sums(
         *operands,
@@ -53,9 +54,11 @@ def finish_rows(
     exp(logit) over all candidates of a row.
     """
     z, operands = _operands(z, tau, span, normalize)
-    top, mass = _by_row(z, (len(z),), top=top, mass=mass)
-    loss = z.new_empty(len(z))
-    stats = z.new_empty(3, len(z))
+    rows = z.shape[0]
+    top = _per_row("top", top, (rows,))
+    mass = _per_row("mass", mass, (rows,))
+    loss = z.new_empty(rows)
+    stats = z.new_empty(3, rows)
     _C.ntxent_finish_rows(
         *operands, top.data_ptr(), mass.data_ptr(), loss.data_ptr(), stats.data_ptr()
     )
@@ -80,18 +83,19 @@ def row_gradients(
     dtype = z.dtype
     z, operands = _operands(z, tau, span, normalize)
     negatives, asked = _asked(z, negatives, first, count)
-    (dloss,) = _by_row(z, (len(z),), dloss=dloss)
-    (stats,) = _by_row(z, (3, len(z)), stats=stats)
-    dz = z.new_empty(count, z.shape[1])
+    rows, features = z.shape
+    dloss = _per_row("dloss", dloss, (rows,))
+    stats = _per_row("stats", stats, (3, rows))
+    dz = z.new_empty(count, features)
     dtau = _C.ntxent_row_gradients(
         *operands, *asked, stats.data_ptr(), dloss.data_ptr(), dz.data_ptr()
     )
-    return dz.to(dtype), tau.new_tensor(dtau)
+    return dz if dtype == torch.float32 else dz.to(dtype), tau.new_full((), dtau)
 
 
 def _operands(z: Tensor, tau: Tensor, span: int, normalize: bool) -> tuple[Tensor, tuple]:
     """z as the kernels read it, and the arguments that every one of them takes."""
-    z = z.detach().contiguous().float()
+    z = z.contiguous().float()
     rows, features = z.shape
     threads = torch.get_num_threads()
     return z, (z.data_ptr(), rows, features, span, normalize, tau.item(), threads)
@@ -103,19 +107,19 @@ def _asked(
     """The negatives as the kernels read them, kept alive by the caller, and their arguments."""
     if negatives is None:
         return None, (first, count, 0, 0)
-    negatives = negatives.detach().contiguous().float()
     if negatives.dim() != 2 or negatives.shape[1] != z.shape[1]:
         raise ValueError(
             f"negatives must have shape (K, {z.shape[1]}), got {tuple(negatives.shape)}"
         )
-    return negatives, (first, count, negatives.data_ptr(), len(negatives))
+    negatives = negatives.contiguous().float()
+    return negatives, (first, count, negatives.data_ptr(), negatives.shape[0])
 
 
-def _by_row(z: Tensor, shape: tuple[int, ...], **values: Tensor) -> list[Tensor]:
-    """Per-row values as the kernels read them: by address."""
-    for name, x in values.items():
-        if x.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for {len(z)} rows, got {tuple(x.shape)}"
-            )
-    return [x.detach().to(torch.float32).contiguous() for x in values.values()]
+def _per_row(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x as the kernels read it: by address."""
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}, for each of {shape[-1]} rows, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x.contiguous().float()

@@ -121,8 +121,11 @@ def test_plain_dot_products_are_as_accurate_as_those_of_the_reference(tau):
     ours = loss_and_gradients(fused_nt_xent, z, tau, normalize=False, reduction="none")
     same_dtype = loss_and_gradients(nt_xent, z, tau, normalize=False, reduction="none")
     truth = loss_and_gradients(nt_xent, z.double(), tau, normalize=False, reduction="none")
-    for actual, own, exact in zip(ours, same_dtype, truth, strict=True):
-        assert_as_accurate_as(actual, own, exact)
+    assert_as_accurate_as(ours[0], same_dtype[0], truth[0])
+    assert_as_accurate_as(ours[1], same_dtype[1], truth[1])
+    # a sum that cancels: held against the size of what it sums
+    terms = (truth[1] * z).sum(1) / (2 * tau)
+    assert (ours[2] - truth[2]).abs() <= 1e-6 * terms.norm()
 
 
 @pytest.mark.parametrize("pairs", ["halves", "interleaved"])
