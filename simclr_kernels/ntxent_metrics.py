@@ -40,13 +40,12 @@ def means_over_rows(
         z: (M, D).
         columns: (all rows, D), of which z is a part: the candidates of each row.
         negatives: (K, D) more candidates, or None.
-        tau: 0-d.
+        tau: 0-d, on the CPU or on the device of z.
         normalize: as of fused_nt_xent.
 
     Cost: O((M + K) D) for the mean similarity: that of a row is its product with a sum of rows.
     """
     pos, largest, entropy = metrics
-    tau = tau.to(z.device, metrics.dtype)
     accuracy = is_nearest(pos, largest, tau, normalize)
 
     def multiplied(x: Tensor) -> Tensor:
@@ -60,5 +59,6 @@ def means_over_rows(
         total = total + multiplied(negatives).sum(0)
         candidates += len(negatives)
     positive = pos * tau
-    negative = (unit @ total - unit.square().sum(1) - positive) / candidates
+    # no matrix product: autocast would round it
+    negative = ((unit * total).sum(1) - unit.square().sum(1) - positive) / candidates
     return NTXentMetrics(*(x.float().mean() for x in (accuracy, entropy, positive, negative)))

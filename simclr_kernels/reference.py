@@ -92,7 +92,7 @@ def is_nearest(pos: Tensor, largest: Tensor, tau: float | Tensor, normalize: boo
     """Whether the logit of a positive is at least the largest of the negatives, to rounding."""
     size = torch.maximum(pos.abs(), largest.abs())
     # similarities of unit rows round like 1, however small they are
-    return pos + TIE * (size.clamp_min(1 / tau) if normalize else size) >= largest
+    return pos + TIE * ((size * tau).clamp_min(1) / tau if normalize else size) >= largest
 
 
 def original_metrics(z: Tensor, tau: float, normalize: bool = True) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def test_gradients_through_ddp_are_those_of_one_process_with_the_whole_batch(ran
         found = ranks[rank][world, case.name]
         assert relative(found["weight"], expected["weight"]) <= tolerance(case)
         if case.learnable:
-            assert relative(found["tau"], expected["tau"]) <= 2 * tolerance(case)
+            assert relative(found["tau"], expected["tau"]) <= tolerance(case)
         else:
             assert found["tau"] is None
 
