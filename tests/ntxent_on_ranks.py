@@ -48,6 +48,7 @@ CASES = (
     Case("dot products", normalize=False, pairs="interleaved"),
     Case("same negatives", negatives="same"),
     Case("own negatives", negatives="own"),
+    Case("bfloat16", dtype=torch.bfloat16),
     Case("float64", dtype=torch.float64, tau=0.1),
     Case("float64 interleaved sum", torch.float64, 0.1, True, "interleaved", reduction="sum"),
     Case("float64 none, own negatives", torch.float64, reduction="none", negatives="own"),

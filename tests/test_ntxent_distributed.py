@@ -99,7 +99,9 @@ def one_process(case: Case, world: int) -> dict:
 
 
 def tolerance(case: Case) -> float:
-    """Relative: rounding of similarities grows by 1 / tau."""
+    """Relative: rounding of similarities grows by 1 / tau, and bfloat16 rounds the rows."""
+    if case.dtype == torch.bfloat16:
+        return 0.02
     return 1e-12 if case.dtype == torch.float64 else max(1e-6, 1e-7 / case.tau)
 
 
@@ -137,13 +139,14 @@ def test_every_rank_returns_the_loss_of_all_rows_in_the_same_bits(ranks, case, w
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward_sends_the_rows_and_one_number_a_row_and_backward_nothing(ranks, case, world):
     size = case.dtype.itemsize
+    of_row = max(size, 4)
     running_maximum = not case.normalize or case.tau < 0.0128
-    of_rows = [ROWS * size] * (2 if running_maximum else 1)
+    of_rows = [ROWS * of_row] * (2 if running_maximum else 1)
     for rank in range(world):
         found = ranks[rank][world, case.name]
         sent = [PREFLIGHT_BYTES, ROWS * FEATURES * size, *of_rows]
         assert found["forward"] == [("_allgather_base_", count) for count in sent]
-        back = [ROWS * size] if case.reduction == "none" else []
+        back = [ROWS * of_row] if case.reduction == "none" else []
         assert found["backward"] == [("_allgather_base_", count) for count in back]
 
 

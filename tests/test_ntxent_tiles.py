@@ -7,7 +7,7 @@ import torch
 from test_ntxent import loss_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_kernels import fused_nt_xent, ntxent_tiles
+from simclr_kernels import fused_nt_xent, ntxent_cpu, ntxent_tiles
 from simclr_kernels.reference import nt_xent, nt_xent_metrics
 from simclr_kernels.testing import LossCase
 
@@ -107,6 +107,16 @@ def test_what_a_row_keeps_is_the_sum_over_its_candidates(tau, dtype):
     torch.testing.assert_close(lse - pos.double(), truth, rtol=1e-4, atol=1e-4)
     expected_share = -torch.expm1(-truth)
     torch.testing.assert_close(share.double(), expected_share, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [ntxent_tiles, ntxent_cpu], ids=lambda m: m.__name__)
+def test_every_backend_has_one_constant_top_from_the_same_temperature_on(kernels):
+    z = LossCase("", 34, 16, 0.0128).z()
+    smallest = ntxent_tiles.SMALLEST_BOUNDED_TAU
+    for tau, normalize in ((smallest, True), (math.nextafter(smallest, 0), True), (0.5, False)):
+        tau = torch.tensor(tau, dtype=torch.float64)
+        top, *_ = kernels.negative_sums(z, tau, None, 34, 0, 34, normalize, False)
+        assert (len(top.unique()) == 1) == ntxent_tiles.is_bounded(tau, normalize)
 
 
 def test_metrics_of_tiles_are_those_of_the_reference():
