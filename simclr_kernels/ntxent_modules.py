@@ -58,9 +58,10 @@ class NTXentLoss(nn.Module):
 
     Takes the place of other losses of this name, with the same value and gradients:
 
-    - lightly's NTXentLoss(temperature=0.5, gather_distributed=False), also with several ranks under
-      DistributedDataParallel. Its memory_bank_size is another loss, between one view and a bank
-      alone: here a NegativeQueue adds to the negatives of the batch.
+    - lightly's NTXentLoss(temperature=0.5, gather_distributed=False). Gathered, it returns the mean
+      over a rank's own rows, here that over all rows; DistributedDataParallel makes the same
+      gradient of both. Its memory_bank_size is another loss, between one view and a bank alone:
+      here a NegativeQueue adds to the negatives of the batch.
     - solo-learn's simclr_loss_func(z, indexes, temperature=0.1), where every index occurs twice and
       z holds view 0 of all images, then view 1. Images with more than two views, or with equal
       indexes, are several positives there, and separate images here.
