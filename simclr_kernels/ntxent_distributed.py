@@ -38,14 +38,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def check_group(group: Any) -> None:
-    """Raises unless group is a process group that this process belongs to."""
+    """Raises unless group is a process group, as it is for the processes in it only."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            "group must be a torch.distributed process group (torch.distributed.group.WORLD is the "
-            f"default one), got {group!r}"
+            "group must be a torch.distributed process group that this process is in "
+            f"(torch.distributed.group.WORLD is the default one), got {group!r}"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError("group must contain this process, got one that does not")
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -91,8 +89,8 @@ def refuse_unlike_ranks(
     for name, column in zip(values, columns, strict=True):
         if column != column[:1] * len(column):
             of = choices.get(name)
-            got = (f"{x:g}" if of is None else str(of[int(x)]) for x in column)
-            raise ValueError(f"{name} must be the same on every rank, got {', '.join(got)}")
+            got = [(int(x) if x.is_integer() else x) if of is None else of[int(x)] for x in column]
+            raise ValueError(f"{name} must be the same on every rank, got {got}")
 
 
 @torch.compiler.disable(reason="fused_nt_xent with a group communicates outside of the graph")
@@ -114,11 +112,11 @@ def distributed_nt_xent(
             z, tau, negatives, pairs, normalize, reduction, precision, with_metrics
         )
         return loss, metrics, z
-    known_tau = tau.item() if tau.device.type == "cpu" else -1.0
+    known_tau = tau.item() if tau.device.type == "cpu" else None
 
     def check_operands():
         check(z, negatives, pairs, reduction)
-        if known_tau != -1:
+        if known_tau is not None:
             check_tau(known_tau)
 
     values = {
@@ -126,7 +124,7 @@ def distributed_nt_xent(
         "rows of z": z.shape[0] if z.dim() else 0,
         "features of z": z.shape[-1] if z.dim() else 0,
         "dtype of z": z.dtype,
-        "tau": known_tau,
+        "tau": -1.0 if known_tau is None else known_tau,
         "pairs": pairs,
         "reduction": reduction,
         "normalize": normalize,
