@@ -5,6 +5,16 @@
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
+using simclr::NtxentInput;
+
+namespace {
+
+template <class T = float>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels of simclr_kernels. Addresses in: the callers in Python check them.";
@@ -13,28 +23,31 @@ PYBIND11_MODULE(_C, m) {
     m.def("ntxent_instruction_sets", &simclr::ntxent_instruction_sets);
     m.def("ntxent_use", &simclr::ntxent_use);
     m.def(
-        "ntxent_forward",
-        [](Address z, std::int64_t rows, std::int64_t features, bool interleaved, bool normalize,
-           double tau, int threads, Address loss, Address top, Address mass,
-           Address negative_share) {
-            simclr::ntxent_forward({reinterpret_cast<const float*>(z), rows, features, interleaved,
-                                    normalize, tau, threads},
-                                   reinterpret_cast<float*>(loss), reinterpret_cast<float*>(top),
-                                   reinterpret_cast<float*>(mass),
-                                   reinterpret_cast<float*>(negative_share));
+        "ntxent_negative_sums",
+        [](Address z, std::int64_t rows, std::int64_t features, std::int64_t span, bool normalize,
+           double tau, int threads, std::int64_t first, std::int64_t count, Address negatives,
+           std::int64_t extra, Address top, Address mass, Address metrics) {
+            const NtxentInput in{at(z),   rows,    features, span,  normalize,     tau,
+                                 threads, first, count,    at(negatives), extra};
+            simclr::ntxent_negative_sums(in, at(top), at(mass), at(metrics));
         },
         release);
     m.def(
-        "ntxent_backward",
-        [](Address z, std::int64_t rows, std::int64_t features, bool interleaved, bool normalize,
-           double tau, int threads, Address top, Address mass, Address negative_share,
-           Address dloss, Address dz) {
-            return simclr::ntxent_backward(
-                {reinterpret_cast<const float*>(z), rows, features, interleaved, normalize, tau,
-                 threads},
-                reinterpret_cast<const float*>(top), reinterpret_cast<const float*>(mass),
-                reinterpret_cast<const float*>(negative_share),
-                reinterpret_cast<const float*>(dloss), reinterpret_cast<float*>(dz));
+        "ntxent_finish_rows",
+        [](Address z, std::int64_t rows, std::int64_t features, std::int64_t span, bool normalize,
+           double tau, int threads, Address top, Address mass, Address loss, Address stats) {
+            const NtxentInput in{at(z), rows, features, span, normalize, tau, threads};
+            simclr::ntxent_finish_rows(in, at(top), at(mass), at(loss), at(stats));
+        },
+        release);
+    m.def(
+        "ntxent_row_gradients",
+        [](Address z, std::int64_t rows, std::int64_t features, std::int64_t span, bool normalize,
+           double tau, int threads, std::int64_t first, std::int64_t count, Address negatives,
+           std::int64_t extra, Address stats, Address dloss, Address dz) {
+            const NtxentInput in{at(z),   rows,    features, span,  normalize,     tau,
+                                 threads, first, count,    at(negatives), extra};
+            return simclr::ntxent_row_gradients(in, at(stats), at(dloss), at(dz));
         },
         release);
 }

@@ -1,181 +1,369 @@
-// One block of rows of the loss, for one instruction set: included by ntxent.cpp after simd.h.
-// No include guard, on purpose.
+// The kernels of one pair of blocks, for the instruction set of the file that includes this.
 //
-// A block of rows meets the columns in groups of BLOCK_COLUMNS. Its logits fill a buffer that stays
-// in the second-level cache; only this buffer ever holds similarities. Both products, rows by
-// columns and weights by rows, are `multiply` with the right side packed in panels.
+// A block of similarities, then of their exponentials or weights, fills a buffer that stays in the
+// second-level cache; nothing else ever holds similarities. All three products are register tiles
+// of ROWS rows and WIDTH columns: rows by rows, and the weights and their transpose by rows.
+#pragma once
+#include "ntxent_kernels.h"
+#include "simd.h"
 
-constexpr int ROWS = SIMD_FLOATS >= 16 ? 8 : 4;  // of one register tile
-constexpr int WIDTH = 2 * SIMD_FLOATS;           // columns of one register tile and of a panel
+namespace simclr {
+namespace SIMD_NAME {
 
-// c (ROWS, WIDTH) = a (ROWS, depth) b (depth, WIDTH), or += .
-SIMD_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const float* b,
-                               std::int64_t depth, float* c, std::int64_t c_stride, bool add) {
-    Vec acc[ROWS][2] = {};
+constexpr int ROWS = FLOATS == 16 ? 8 : FLOATS == 8 ? 6 : 4;  // accumulators leave room to load
+constexpr int LAST_ROWS = 32 % ROWS ? 2 : ROWS;  // of the tiles behind the last whole one
+constexpr int WIDTH = 2 * FLOATS;
+constexpr std::int64_t DEPTH = 128;  // a panel of so many rows fits the first-level cache
+constexpr float NONE = -std::numeric_limits<float>::max();
+
+SIMD_INLINE std::int64_t round_up(std::int64_t x, std::int64_t step) {
+    return (x + step - 1) / step * step;
+}
+
+// acc[r, :] = sum of a[r, k] b[k, :] over k.
+template <int R>
+SIMD_INLINE void multiply_tile(Vec (&acc)[R][2], const float* a, std::int64_t a_row,
+                               std::int64_t a_step, const float* b, std::int64_t b_step,
+                               std::int64_t depth) {
     for (std::int64_t k = 0; k < depth; ++k) {
-        const Vec left = load(b + k * WIDTH), right = load(b + k * WIDTH + SIMD_FLOATS);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const float x = a[r * a_stride + k];
+        const Vec left = load(b), right = load(b + FLOATS);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const float x = a[r * a_row];
             acc[r][0] += x * left;
             acc[r][1] += x * right;
         }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-        float* out = c + r * c_stride;
-        store(out, add ? load(out) + acc[r][0] : acc[r][0]);
-        store(out + SIMD_FLOATS, add ? load(out + SIMD_FLOATS) + acc[r][1] : acc[r][1]);
+        a += a_step;
+        b += b_step;
     }
 }
 
-// c (rows, width) = a (rows, depth) b (depth, width), or += ; b in panels (width / WIDTH, depth, WIDTH).
-SIMD_TARGET inline void multiply(const float* a, std::int64_t a_stride, const float* b,
-                                 std::int64_t rows, std::int64_t depth, std::int64_t width, float* c,
-                                 std::int64_t c_stride, bool add) {
-    // a slice of a panel that fits the first-level cache serves all rows
-    constexpr std::int64_t DEPTH = 128;
-    for (std::int64_t k = 0; k < depth; k += DEPTH) {
-        const std::int64_t slice = depth - k < DEPTH ? depth - k : DEPTH;
-        for (std::int64_t j = 0; j < width; j += WIDTH)
-            for (std::int64_t r = 0; r < rows; r += ROWS)
-                multiply_tile(a + r * a_stride + k, a_stride, b + j * depth + k * WIDTH, slice,
-                              c + r * c_stride + j, c_stride, add || k > 0);
+template <int R>
+SIMD_INLINE void add_tile(Vec (&acc)[R][2], const float* c, std::int64_t c_row) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        acc[r][0] += load(c + r * c_row);
+        acc[r][1] += load(c + r * c_row + FLOATS);
     }
 }
 
-// Unit row i, its inverse norm, and its place among the column panels (and the feature panels).
-SIMD_TARGET inline void pack_row(const Problem& p, std::int64_t i) {
-    const std::int64_t D = p.in.features;
-    float* unit = p.unit + i * p.padded_features;
-    std::copy_n(p.in.z + i * D, D, unit);
-    if (p.in.normalize) {
-        const float square = dot(unit, unit, p.padded_features);
-        const float inv_norm = 1.0f / std::sqrt(square < NORM_FLOOR ? NORM_FLOOR : square);
-        for (std::int64_t d = 0; d < D; ++d) unit[d] *= inv_norm;
-        p.inv_norm[i] = inv_norm;
-        p.projected[i] = !(square < NORM_FLOOR);
-    }
-    const std::int64_t group = i / BLOCK_COLUMNS, k = i % BLOCK_COLUMNS;
-    float* columns = p.columns + group * BLOCK_COLUMNS * D + k / WIDTH * WIDTH * D + k % WIDTH;
-    for (std::int64_t d = 0; d < D; ++d) columns[d * WIDTH] = unit[d];
-    if (!p.features) return;
-    float* features = p.features + group * BLOCK_COLUMNS * p.padded_features + k * WIDTH;
-    for (std::int64_t d = 0; d < p.padded_features; d += WIDTH)
-        std::copy_n(unit + d, WIDTH, features + d * BLOCK_COLUMNS);
-}
-
-// Logits of `rows` rows and BLOCK_COLUMNS columns in base 2; -inf where a column is no negative.
-SIMD_TARGET inline void block_logits(const Problem& p, std::int64_t first_row, std::int64_t rows,
-                                     std::int64_t first_column, float* logits) {
-    multiply(p.unit + first_row * p.padded_features, p.padded_features,
-             p.columns + first_column * p.in.features, rows, p.in.features, BLOCK_COLUMNS, logits,
-             LOGITS_STRIDE, false);
-    for (std::int64_t r = 0; r < rows; ++r) {
-        float* row = logits + r * LOGITS_STRIDE;
-        for (int j = 0; j < BLOCK_COLUMNS; j += SIMD_FLOATS) store(row + j, load(row + j) * p.scale);
-        for (std::int64_t out : {first_row + r, p.positive(first_row + r)})
-            if (out >= first_column && out < first_column + BLOCK_COLUMNS)
-                row[out - first_column] = -INFINITY;
-        for (std::int64_t j = p.in.rows - first_column; j < BLOCK_COLUMNS; ++j) row[j] = -INFINITY;
+template <int R>
+SIMD_INLINE void store_tile(const Vec (&acc)[R][2], float* c, std::int64_t c_row) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        store(c + r * c_row, acc[r][0]);
+        store(c + r * c_row + FLOATS, acc[r][1]);
     }
 }
 
-// s_ip. Between close unit rows through their difference, which keeps its digits.
-SIMD_TARGET inline double positive_similarity(const Problem& p, std::int64_t i) {
-    const std::int64_t partner = p.positive(i), n = p.padded_features;
-    const float *own = p.row(i), *other = p.row(partner);
-    const float s = dot(own, other, n);
-    if (!p.in.normalize || !p.projected[i] || !p.projected[partner] || !(s > 0.5f)) return s;
-    Vec total = {};
-    for (std::int64_t d = 0; d < n; d += SIMD_FLOATS) {
-        const Vec gap = load(own + d) - load(other + d);
-        total += gap * gap;
+template <int R, class Map>
+SIMD_INLINE void map_tile(Vec (&acc)[R][2], const Map& map, std::int64_t row, std::int64_t column) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        acc[r][0] = map(acc[r][0], row + r, column);
+        acc[r][1] = map(acc[r][1], row + r, column + FLOATS);
     }
-    return 1.0 - 0.5 * sum(total);
 }
 
-SIMD_TARGET void forward_rows(const Problem& p, std::int64_t first_row, float* scratch, float* loss,
-                              float* top_out, float* mass_out, float* negative_share) {
-    const std::int64_t rows = std::min(p.block_rows, p.in.rows - first_row);
-    float* logits = scratch;
-    float top[MAX_BLOCK_ROWS];
-    double mass[MAX_BLOCK_ROWS] = {};
-    std::fill_n(top, rows, p.bounded ? p.shift : -INFINITY);
-    for (std::int64_t column = 0; column < p.in.rows; column += BLOCK_COLUMNS) {
-        block_logits(p, first_row, p.block_rows, column, logits);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const float* row = logits + r * LOGITS_STRIDE;
-            if (!p.bounded) {
-                Vec seen = splat(top[r]);
-                for (int j = 0; j < BLOCK_COLUMNS; j += SIMD_FLOATS) seen = larger(load(row + j), seen);
-                // finite, so that a row without negatives so far does not subtract infinities
-                const float grown = std::max(largest(seen), -std::numeric_limits<float>::max());
-                mass[r] *= std::exp2(double(top[r]) - grown);
-                top[r] = grown;
+// visit(rows of the tile, its first row) until `rows` rows are covered.
+template <class Visit>
+SIMD_INLINE void row_tiles(std::int64_t rows, const Visit& visit) {
+    std::int64_t r = 0;
+    for (; r + ROWS <= round_up(rows, LAST_ROWS); r += ROWS)
+        visit(std::integral_constant<int, ROWS>{}, r);
+    if constexpr (LAST_ROWS < ROWS)
+        for (; r < rows; r += LAST_ROWS) visit(std::integral_constant<int, LAST_ROWS>{}, r);
+}
+
+// out[r, j] = map(s_rj, r, j) for the rows of a and the columns of b.
+template <class Map>
+SIMD_INLINE void map_similarities(const Problem& p, const Block& a, const Block& b, float* out,
+                                  const Map& map) {
+    const std::int64_t slices = (p.features + DEPTH - 1) / DEPTH;
+    const std::int64_t slice = (p.features + slices - 1) / slices;
+    for (std::int64_t k = 0; k < p.features; k += slice) {
+        const std::int64_t depth = std::min(slice, p.features - k);
+        const bool started = k > 0, complete = k + depth == p.features;
+        const float* rows = a.transposed + k * p.stride;
+        const float* columns = b.transposed + k * p.stride;
+        for (std::int64_t j = 0; j < b.rows; j += WIDTH)
+            row_tiles(a.rows, [&](auto R, std::int64_t r) __attribute__((always_inline)) {
+                float* c = out + r * WEIGHTS_STRIDE + j;
+                Vec acc[decltype(R)::value][2] = {};
+                multiply_tile(acc, rows + r, 1, p.stride, columns + j, p.stride, depth);
+                if (started) add_tile(acc, c, WEIGHTS_STRIDE);
+                if (complete) map_tile(acc, map, r, j);
+                store_tile(acc, c, WEIGHTS_STRIDE);
+            });
+    }
+}
+
+// c (rows, features) += w panels, where w[r, k] is w[r w_row + k w_step].
+SIMD_INLINE void add_product(const Problem& p, const float* w, std::int64_t w_row,
+                             std::int64_t w_step, std::int64_t rows, const Block& b, float* c) {
+    const std::int64_t D = p.features;
+    for (std::int64_t j = 0; j < D; j += WIDTH)
+        row_tiles(rows, [&](auto R, std::int64_t r) __attribute__((always_inline)) {
+            constexpr int HEIGHT = decltype(R)::value;
+            float* out = c + r * D + j;
+            const bool whole = r + HEIGHT <= rows && j + WIDTH <= D;
+            if (whole)
+                for (int q = 0; q < HEIGHT; ++q) __builtin_prefetch(out + q * D, 1);
+            Vec acc[HEIGHT][2] = {};
+            multiply_tile(acc, w + r * w_row, w_row, w_step, b.panels + j * p.block_rows, WIDTH,
+                          b.rows);
+            if (whole) {
+                add_tile(acc, out, D);
+                store_tile(acc, out, D);
+                return;
             }
-            Vec total = {};
-            for (int j = 0; j < BLOCK_COLUMNS; j += SIMD_FLOATS) total += exp2(load(row + j) - top[r]);
-            mass[r] += sum(total);
+            float part[HEIGHT][WIDTH];
+            store_tile(acc, part[0], WIDTH);
+            for (int q = 0; q < HEIGHT && r + q < rows; ++q)
+                for (int d = 0; d < WIDTH && j + d < D; ++d) out[q * D + d] += part[q][d];
+        });
+}
+
+// Writes value where the column is no negative of the row: itself, its positive, or not there.
+SIMD_INLINE void mask(const Problem& p, const Block& a, const Block& b, float value, float* out) {
+    for (std::int64_t j = b.rows; j < round_up(b.rows, WIDTH); ++j)
+        for (std::int64_t r = 0; r < a.rows; ++r) out[r * WEIGHTS_STRIDE + j] = value;
+    if (b.first < 0) return;
+    for (std::int64_t r = 0; r < a.rows; ++r) {
+        const std::int64_t j = p.positive[a.first + r] - b.first;
+        if (j >= 0 && j < b.rows) out[r * WEIGHTS_STRIDE + j] = value;
+    }
+    if (a.first == b.first)
+        for (std::int64_t r = 0; r < a.rows; ++r) out[r * WEIGHTS_STRIDE + r] = value;
+}
+
+SIMD_INLINE void add_each(double* to, Vec v) {
+    float each[FLOATS];
+    store(each, v);
+    for (int k = 0; k < FLOATS; ++k) to[k] += each[k];
+}
+
+// Adds a block of terms to the masses of its rows and its columns.
+SIMD_INLINE void add_terms(const Problem& p, const Block& a, const Block& b, bool both_sides,
+                           const float* terms) {
+    Vec by_row[MAX_BLOCK_ROWS];
+    std::fill_n(by_row, a.rows, Vec{});
+    for (std::int64_t j = 0; j < b.rows; j += WIDTH) {
+        Vec left = {}, right = {};
+        for (std::int64_t r = 0; r < a.rows; ++r) {
+            const Vec x = load(terms + r * WEIGHTS_STRIDE + j);
+            const Vec y = load(terms + r * WEIGHTS_STRIDE + j + FLOATS);
+            by_row[r] = by_row[r] + x + y;
+            left += x;
+            right += y;
+        }
+        if (!both_sides) continue;
+        add_each(p.sums.mass + b.first + j, left);
+        add_each(p.sums.mass + b.first + j + FLOATS, right);
+    }
+    for (std::int64_t r = 0; r < a.rows; ++r) p.sums.mass[a.first + r] += sum(by_row[r]);
+}
+
+// The level of row i once it has seen an exponent: 0, or the running maximum. Rescales its sums.
+SIMD_INLINE float raise_level(const Problem& p, std::int64_t i, float seen) {
+    Sums s = p.sums;
+    const float old = s.top[i];
+    // finite, so that a row without negatives so far does not subtract infinities
+    s.top[i] = seen > old ? seen : old;
+    if (p.bounded) return 0.0f;
+    if (s.top[i] > old && s.mass[i] != 0.0) {
+        const double up = double(s.top[i]) - old, factor = std::exp2(-up);
+        if (p.with_metrics) s.spread[i] = factor * (s.spread[i] - up * s.mass[i]);
+        s.mass[i] *= factor;
+    }
+    return s.top[i];
+}
+
+SIMD_INLINE void add_exponents(const Problem& p, const Block& a, const Block& b, bool both_sides,
+                               const float* exponents) {
+    const std::int64_t columns = round_up(b.rows, WIDTH);
+    for (std::int64_t r = 0; r < a.rows; ++r) {
+        const float* row = exponents + r * WEIGHTS_STRIDE;
+        const std::int64_t i = a.first + r;
+        Vec seen = splat(NONE), total = {}, spread = {};
+        for (std::int64_t j = 0; j < columns; j += FLOATS) seen = larger(load(row + j), seen);
+        const float level = raise_level(p, i, largest(seen));
+        for (std::int64_t j = 0; j < columns; j += FLOATS) {
+            const Vec x = load(row + j) - level, term = exp2(x);
+            total += term;
+            spread += term * larger(x, splat(-200.0f));
+        }
+        p.sums.mass[i] += sum(total);
+        if (p.with_metrics) p.sums.spread[i] += sum(spread);
+    }
+    if (!both_sides) return;
+    for (std::int64_t j = 0; j < b.rows; j += FLOATS) {
+        const float* column = exponents + j;
+        const std::int64_t i = b.first + j;
+        Vec seen = splat(NONE), total = {}, spread = {};
+        for (std::int64_t r = 0; r < a.rows; ++r)
+            seen = larger(load(column + r * WEIGHTS_STRIDE), seen);
+        float each[FLOATS];
+        store(each, seen);
+        for (int k = 0; k < FLOATS; ++k) each[k] = raise_level(p, i + k, each[k]);
+        const Vec level = load(each);
+        for (std::int64_t r = 0; r < a.rows; ++r) {
+            const Vec x = load(column + r * WEIGHTS_STRIDE) - level, term = exp2(x);
+            total += term;
+            spread += term * larger(x, splat(-200.0f));
+        }
+        add_each(p.sums.mass + i, total);
+        if (p.with_metrics) add_each(p.sums.spread + i, spread);
+    }
+}
+
+void forward(const Problem& p, const Block& a, const Block& b, bool both_sides, float* weights) {
+    const float scale = p.scale, shift = p.shift;
+    if (p.bounded && !p.with_metrics) {
+        const auto term = [&](Vec s, std::int64_t, std::int64_t) __attribute__((always_inline)) {
+            return exp2_in_range(s * scale - shift);
+        };
+        map_similarities(p, a, b, weights, term);
+        mask(p, a, b, 0.0f, weights);
+        add_terms(p, a, b, both_sides, weights);
+    } else {
+        const auto exponent = [&](Vec s, std::int64_t, std::int64_t)
+                                  __attribute__((always_inline)) { return s * scale - shift; };
+        map_similarities(p, a, b, weights, exponent);
+        mask(p, a, b, -std::numeric_limits<float>::infinity(), weights);
+        add_exponents(p, a, b, both_sides, weights);
+    }
+}
+
+void backward(const Problem& p, const Block& a, const Block& b, bool both_sides, float* weights) {
+    const float scale = p.scale, shift = p.shift;
+    if (p.bounded) {
+        const auto weight = [&](Vec s, std::int64_t r, std::int64_t j)
+                                __attribute__((always_inline)) {
+            return exp2_in_range(s * scale - shift) * (a.rate[r] + load(b.rate + j));
+        };
+        map_similarities(p, a, b, weights, weight);
+    } else {
+        const auto weight = [&](Vec s, std::int64_t r, std::int64_t j)
+                                __attribute__((always_inline)) {
+            // rounded as in the forward, where it made the total
+            const Vec logit = s * scale - shift;
+            return exp2(logit - a.top[r]) * a.rate[r] +
+                   exp2(logit - load(b.top + j)) * load(b.rate + j);
+        };
+        map_similarities(p, a, b, weights, weight);
+    }
+    mask(p, a, b, 0.0f, weights);
+    add_product(p, weights, WEIGHTS_STRIDE, 1, a.rows, b, p.dz + a.first * p.features);
+    if (both_sides)
+        add_product(p, weights, 1, WEIGHTS_STRIDE, b.rows, a, p.dz + b.first * p.features);
+}
+
+SIMD_INLINE float dot(const float* a, const float* b, std::int64_t n) {
+    Vec total = {};
+    for (std::int64_t d = 0; d < n; d += FLOATS)
+        total += load_some(a + d, n - d) * load_some(b + d, n - d);
+    return sum(total);
+}
+
+Norm norm(const float* row, std::int64_t features, bool normalize) {
+    if (!normalize) return {1.0f, 0.0f};
+    const float square = dot(row, row, features);
+    if (square < NORM_FLOOR) return {1.0f / std::sqrt(NORM_FLOOR), 0.0f};
+    return {1.0f / std::sqrt(square), 1.0f};
+}
+
+double similarity(const float* a, const float* b, Norm norm_a, Norm norm_b, std::int64_t features) {
+    Vec product = {}, square = {};
+    for (std::int64_t d = 0; d < features; d += FLOATS) {
+        const Vec x = load_some(a + d, features - d) * norm_a.inverse;
+        const Vec y = load_some(b + d, features - d) * norm_b.inverse;
+        product += x * y;
+        square += (x - y) * (x - y);
+    }
+    const float s = sum(product);
+    const bool close = norm_a.kept * norm_b.kept != 0.0f && s > 0.5f;
+    return close ? 1.0 - 0.5 * sum(square) : s;
+}
+
+void pack(const Problem& p, const float* source, std::int64_t rows, float* transposed,
+          float* panels, Norm* norms) {
+    const std::int64_t D = p.features, height = p.block_rows;
+    for (std::int64_t r = 0; r < height; ++r) {
+        const float* row = source + r * D;
+        norms[r] = r < rows ? norm(row, D, p.normalize) : Norm{};
+        for (std::int64_t d = 0; d < p.padded_features; d += FLOATS) {
+            const Vec x = r < rows && d < D ? load_some(row + d, D - d) * norms[r].inverse : Vec{};
+            store(panels + d / WIDTH * WIDTH * height + r * WIDTH + d % WIDTH, x);
         }
     }
-    for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t i = first_row + r;
-        const double logit = positive_similarity(p, i) / (p.in.tau * LN2);
-        const double excess = (top[r] - logit) * LN2 + std::log(mass[r]);
-        loss[i] = float((excess < 0 ? 0 : excess) + std::log1p(std::exp(-std::fabs(excess))));
-        negative_share[i] = float(1 / (1 + std::exp(-excess)));
-        const double level = p.bounded ? p.shift : std::max(double(top[r]), logit);
-        top_out[i] = float(level);
-        mass_out[i] =
-            float(mass[r] * std::exp2(top[r] - top_out[i]) + std::exp2(logit - top_out[i]));
+    for (std::int64_t d = 0; d < p.padded_features; d += FLOATS)
+        for (std::int64_t r = 0; r < height; r += FLOATS) {
+            const float* corner = panels + d / WIDTH * WIDTH * height + r * WIDTH + d % WIDTH;
+            Vec square[FLOATS];
+            for (int k = 0; k < FLOATS; ++k) square[k] = load(corner + k * WIDTH);
+            transpose(square);
+            for (int k = 0; k < FLOATS; ++k) store(transposed + (d + k) * p.stride + r, square[k]);
+        }
+}
+
+// Unit row i, which lies in panels; at(d) are its features from d on.
+struct UnitRow {
+    const float* start;
+    std::int64_t panel;
+
+    UnitRow(const Problem& p, std::int64_t i)
+        : start(p.panels + i / p.block_rows * p.block_rows * p.padded_features +
+                i % p.block_rows * WIDTH),
+          panel(p.block_rows * WIDTH) {}
+    Vec at(std::int64_t d) const { return load(start + d / WIDTH * panel + d % WIDTH); }
+};
+
+void note_along(const Problem& p, const Block& a) {
+    for (std::int64_t i = a.first; i < a.first + a.rows; ++i) {
+        const float* row = p.dz + i * p.features;
+        const UnitRow own(p, i);
+        Vec inner = {};
+        for (std::int64_t d = 0; d < p.features; d += FLOATS)
+            inner += load_some(row + d, p.features - d) * own.at(d);
+        p.along[i] = sum(inner);
     }
 }
 
-// Turns the logits of row i into the weights of their columns in its gradient.
-SIMD_TARGET inline void logits_to_weights(const Problem& p, std::int64_t i, std::int64_t first_column,
-                                          float* row) {
-    const float* top = p.top + first_column;
-    const float* rate = p.rate + first_column;
-    for (int j = 0; j < BLOCK_COLUMNS; j += SIMD_FLOATS) {
-        const Vec logit = load(row + j);
-        if (p.bounded)
-            store(row + j, exp2(logit - p.shift) * (p.rate[i] + load(rate + j)));
-        else
-            store(row + j, exp2(logit - p.top[i]) * p.rate[i] +
-                               exp2(logit - load(top + j)) * load(rate + j));
+void finish(const Problem& p, const Block& a) {
+    const std::int64_t D = p.features;
+    for (std::int64_t i = a.first; i < a.first + a.rows; ++i) {
+        float* row = p.dz + i * D;
+        const std::int64_t partner = p.positive[i];
+        const UnitRow own(p, i), other(p, partner);
+        const float weight = -(p.positive_share[i] + p.positive_share[partner]);
+        // the difference keeps the digits of a close pair; what it adds along z^ the projection
+        // removes
+        const float kept = p.norm[i].kept;
+        Vec products = {};
+        for (std::int64_t d = 0; d < D; d += FLOATS) {
+            const Vec x = load_some(row + d, D - d) + weight * (other.at(d) - kept * own.at(d));
+            products += x * own.at(d);
+            store_some(row + d, x, D - d);
+        }
+        const float inner = sum(products), scale = p.unscale * p.norm[i].inverse;
+        p.along[i] += inner + kept * weight;
+        for (std::int64_t d = 0; d < D; d += FLOATS) {
+            const Vec x = scale * (load_some(row + d, D - d) - kept * inner * own.at(d));
+            store_some(row + d, x, D - d);
+        }
     }
 }
 
-// Gradient of a block of rows; dz^ . z^ of each goes to `along`, for the gradient in tau.
-SIMD_TARGET void backward_rows(const Problem& p, std::int64_t first_row, float* scratch,
-                               const float* negative_share, float* dz, float* along) {
-    const std::int64_t rows = std::min(p.block_rows, p.in.rows - first_row);
-    float* logits = scratch;
-    float* acc = scratch + p.block_rows * LOGITS_STRIDE;
-    std::fill_n(acc, p.block_rows * p.padded_features, 0.0f);
-    for (std::int64_t column = 0; column < p.in.rows; column += BLOCK_COLUMNS) {
-        block_logits(p, first_row, p.block_rows, column, logits);
-        for (std::int64_t r = 0; r < rows; ++r)
-            logits_to_weights(p, first_row + r, column, logits + r * LOGITS_STRIDE);
-        multiply(logits, LOGITS_STRIDE, p.features + column * p.padded_features, p.block_rows,
-                 BLOCK_COLUMNS, p.padded_features, acc, p.padded_features, true);
-    }
-    const std::int64_t D = p.in.features;
-    for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t i = first_row + r, partner = p.positive(i);
-        const float* own = p.row(i);
-        const float* other = p.row(partner);
-        float* sum_w = acc + r * p.padded_features;
-        const float weight = -(p.dloss[i] * negative_share[i] + p.dloss[partner] * negative_share[partner]);
-        const bool projected = p.in.normalize && p.projected[i];
-        // the difference keeps the digits of a close pair; what it adds along z^ the projection removes
-        const float kept = projected ? 1.0f : 0.0f;
-        for (std::int64_t d = 0; d < D; ++d) sum_w[d] += weight * (other[d] - kept * own[d]);
-        const float inner = dot(sum_w, own, p.padded_features);
-        along[i] = inner + kept * weight;
-        const float scale = p.unscale * (p.in.normalize ? p.inv_norm[i] : 1.0f);
-        for (std::int64_t d = 0; d < D; ++d)
-            dz[i * D + d] = scale * (sum_w[d] - kept * inner * own[d]);
-    }
-}
+}  // namespace SIMD_NAME
+
+#define SIMD_JOINED(a, b) a##b
+#define SIMD_TABLE(name) SIMD_JOINED(ntxent_, name)
+#define SIMD_QUOTED(name) #name
+#define SIMD_STRING(name) SIMD_QUOTED(name)
+extern const Kernels SIMD_TABLE(SIMD_NAME) = {
+    SIMD_STRING(SIMD_NAME), SIMD_NAME::norm,     SIMD_NAME::similarity, SIMD_NAME::pack,
+    SIMD_NAME::forward,     SIMD_NAME::backward, SIMD_NAME::note_along, SIMD_NAME::finish,
+};
+
+}  // namespace simclr

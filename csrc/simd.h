@@ -1,12 +1,18 @@
 // Vectors of float for one instruction set.
 //
-// Included once per instruction set, inside a namespace of its own, with two macros defined:
-//   SIMD_FLOATS  floats in a vector
-//   SIMD_TARGET  the function attribute that selects the instruction set (empty: the default one)
-// Every function that touches a vector carries SIMD_TARGET, so that one file holds several
-// instruction sets and the process picks one at run time. No include guard, on purpose.
+// Included by the one translation unit of each instruction set, after the standard headers and
+// after the pragma that selects it, with SIMD_FLOATS (floats in a vector) defined. The namespace
+// SIMD_NAME keeps the instruction sets apart, so that the process can pick one at run time.
+#pragma once
+#include <cstdint>
+#include <utility>
 
-#define SIMD_INLINE SIMD_TARGET inline __attribute__((always_inline))
+#define SIMD_INLINE inline __attribute__((always_inline))
+
+namespace simclr {
+namespace SIMD_NAME {
+
+constexpr int FLOATS = SIMD_FLOATS;
 
 typedef float Vec __attribute__((vector_size(4 * SIMD_FLOATS)));
 typedef std::int32_t IntVec __attribute__((vector_size(4 * SIMD_FLOATS)));
@@ -17,20 +23,63 @@ SIMD_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = 
 SIMD_INLINE Vec splat(float x) { return x - Vec{}; }
 SIMD_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// The first `count` floats, zeros behind them; all of a vector if there are as many.
+SIMD_INLINE Vec load_some(const float* p, std::int64_t count) {
+    if (count >= FLOATS) return load(p);
+    float part[FLOATS] = {};
+    for (std::int64_t k = 0; k < count; ++k) part[k] = p[k];
+    return load(part);
+}
+
+SIMD_INLINE void store_some(float* p, Vec v, std::int64_t count) {
+    if (count >= FLOATS) return store(p, v);
+    float part[FLOATS];
+    store(part, v);
+    for (std::int64_t k = 0; k < count; ++k) p[k] = part[k];
+}
+
+// Adds, or takes the larger of, lanes half a vector apart, then a quarter, and so on.
+template <int STEP, int... K>
+SIMD_INLINE Vec lanes_apart(Vec v, std::integer_sequence<int, K...>) {
+    const IntVec order = {(K ^ STEP)...};
+    return __builtin_shuffle(v, order);
+}
+
+template <int STEP = FLOATS / 2>
 SIMD_INLINE float sum(Vec v) {
-    float total = 0.0f;
-    for (int k = 0; k < SIMD_FLOATS; ++k) total += v[k];
-    return total;
+    v += lanes_apart<STEP>(v, std::make_integer_sequence<int, FLOATS>{});
+    if constexpr (STEP > 1) return sum<STEP / 2>(v);
+    return v[0];
 }
 
+template <int STEP = FLOATS / 2>
 SIMD_INLINE float largest(Vec v) {
-    float m = v[0];
-    for (int k = 1; k < SIMD_FLOATS; ++k) m = v[k] > m ? v[k] : m;
-    return m;
+    v = larger(lanes_apart<STEP>(v, std::make_integer_sequence<int, FLOATS>{}), v);
+    if constexpr (STEP > 1) return largest<STEP / 2>(v);
+    return v[0];
 }
 
-// 2^x for x < 127.5: relative error 1.5e-7, 0 below -126, NaN for NaN.
-SIMD_INLINE Vec exp2(Vec x) {
+// Swaps the blocks off the diagonal of the 2 x 2 blocks of STEP lanes in two rows STEP apart.
+template <int STEP, int... K>
+SIMD_INLINE void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, K...>) {
+    const IntVec low = {(K & STEP ? FLOATS + K - STEP : K)...};
+    const IntVec high = {(K & STEP ? FLOATS + K : K + STEP)...};
+    const Vec first = __builtin_shuffle(a, b, low);
+    b = __builtin_shuffle(a, b, high);
+    a = first;
+}
+
+template <int STEP = 1>
+SIMD_INLINE void transpose(Vec (&rows)[FLOATS]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < FLOATS; ++i)
+        if (!(i & STEP))
+            swap_blocks<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, FLOATS>{});
+    if constexpr (2 * STEP < FLOATS) transpose<2 * STEP>(rows);
+}
+
+// 2^x for -126 <= x < 127.5 with relative error 1.5e-7, NaN for NaN.
+SIMD_INLINE Vec exp2_in_range(Vec x) {
     // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
     const Vec magic = splat(12582912.0f);
     const Vec rounded = x + magic;
@@ -43,13 +92,14 @@ SIMD_INLINE Vec exp2(Vec x) {
     y = y * f + 0.693146967f;
     y = y * f + 1.00000007f;
     // a product, not a sum of bits, keeps NaN
-    y *= (Vec)(((IntVec)rounded << 23) + (127 << 23));
+    return y * (Vec)(((IntVec)rounded << 23) + (127 << 23));
+}
+
+// The same, and 0 below -126.
+SIMD_INLINE Vec exp2(Vec x) {
+    const Vec y = exp2_in_range(x);
     return x < -126.0f ? Vec{} : y;
 }
 
-// Inner product of n floats, n a multiple of SIMD_FLOATS.
-SIMD_INLINE float dot(const float* a, const float* b, std::int64_t n) {
-    Vec total = {};
-    for (std::int64_t k = 0; k < n; k += SIMD_FLOATS) total += load(a + k) * load(b + k);
-    return sum(total);
-}
+}  // namespace SIMD_NAME
+}  // namespace simclr

@@ -2,7 +2,9 @@
 
 from simclr_kernels.augment import PackedImages, augment, two_views
 from simclr_kernels.augment_config import AugmentConfig
-from simclr_kernels.ntxent import NTXentLoss, fused_nt_xent
+from simclr_kernels.ntxent import fused_nt_xent
+from simclr_kernels.ntxent_metrics import NTXentMetrics
+from simclr_kernels.ntxent_modules import LearnableTemperature, NegativeQueue, NTXentLoss
 from simclr_kernels.optim import LARS
 from simclr_kernels.params import AugmentParams, sample_params
 
@@ -12,7 +14,10 @@ __all__ = [
     "AugmentConfig",
     "AugmentParams",
     "LARS",
+    "LearnableTemperature",
     "NTXentLoss",
+    "NTXentMetrics",
+    "NegativeQueue",
     "PackedImages",
     "augment",
     "fused_nt_xent",

@@ -10,30 +10,36 @@ g_i the upstream gradient of row i, and sums over negatives (neither i nor p(i))
     dz^_i  = (1/tau) sum_j w_ij z^_j               dz_i   = n_i (dz^_i - (dz^_i . z^_i) z^_i)
     dtau   = -(1 / (2 tau)) sum_i dz^_i . z^_i
 
+A column of `negatives` counts in L_i of every row, has no gradient, and counts twice in dtau.
 Keeping the positive out of the sum avoids p - 1, which in float32 loses every digit of the gradient
 once positives dominate. w is symmetric: one product per tile gives the complete gradient of a row.
-Forward keeps T, as mass 2^top, and q: three floats a row, which keep the digits that a logarithm of
-T would round away. Tiles of s are made, used and dropped, twice.
+Forward keeps T, as total 2^top, and q: three floats a row, which keep the digits that a logarithm
+of T would round away. Tiles of s are made, used and dropped, twice.
+
+Here are the checks, the two operators and their dispatch: C++ on a CPU, Triton on a GPU, torch in
+row blocks for float64 and elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simclr_kernels import _C
-from simclr_kernels.reference import SQUARED_NORM_FLOOR, positive_index, unit_rows
+from simclr_kernels import ntxent_cpu, ntxent_tiles
+from simclr_kernels.ntxent_metrics import NTXentMetrics, means_over_rows
+from simclr_kernels.ntxent_tiles import row_dtype
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PAIRS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")
-
-LN2 = math.log(2.0)
-
-# elements of a tile of similarities where there is no kernel: 16 MiB in float32
-TILE_ELEMENTS = 1 << 22
 
 
 def fused_nt_xent(
@@ -43,7 +49,10 @@ def fused_nt_xent(
     pairs: str = "halves",
     normalize: bool = True,
     reduction: str = "mean",
-) -> Tensor:
+    negatives: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, NTXentMetrics]:
     """Normalised temperature-scaled cross entropy over 2N views (SimCLR, arXiv 2002.05709, Eq. 1).
 
     With z_hat the unit rows of z and s = z_hat @ z_hat.T / tau, row i loses
@@ -55,6 +64,16 @@ def fused_nt_xent(
     IEEE elsewhere. 16-bit rows are multiplied in their own type on a GPU, in float32 on a CPU; sums
     are float32 or better.
 
+    With a group the rows of all its ranks are negatives of each other, at the cost of one
+    all-gather of z and one of a float32 a row (two for tau < 0.0128, a tau on a GPU, or
+    normalize=False), and none in backward. Every rank keeps its own row order and returns the same
+    mean or sum over the rows of all ranks, in the same bits; the gradient it returns is
+    world_size times its share, so that DistributedDataParallel, which takes the mean over ranks,
+    arrives at exactly the gradient of one process with the whole batch. "none" returns the loss of
+    the rank's own rows; its backward gathers their upstream gradients, all ranks have to call it,
+    and the gradient is that of the sum of what all ranks derive from them. Whether the ranks
+    fit together is compared first, which waits for the GPU; torch.compile breaks its graph here.
+
     Args:
         z: (M, D) float32, float16, bfloat16 or float64, not normalised; any device.
         tau: temperature > 0, dimensionless. A scalar tensor, on the device of z, may require a
@@ -65,64 +84,47 @@ def fused_nt_xent(
         normalize: divide each row by its norm first; a row of norm under 1e-6 is multiplied by 1e6
             and a zero row stays zero, as in the original. False takes plain dot products.
         reduction: "mean" or "sum" over the M rows, or "none".
+        negatives: (K, D) more negatives of every row, in the dtype and on the device of z, without
+            gradient: of a NegativeQueue, for example. Normalised like z. With a group they count
+            for the rows of their own rank.
+        group: a torch.distributed process group (torch.distributed.group.WORLD is the default
+            one), or None for this process alone.
+        return_metrics: whether to return (loss, NTXentMetrics), with the means over the rows of
+            this rank.
 
     Returns:
         Scalar, or (M,) for "none"; float32, float64 for float64 z. Differentiable once in z and
-        tau. O(M D) memory; the same bits in every run on one machine and, in the kernels, whatever
-        the thread count.
+        tau. O((M + K) D) memory; the same bits in every run on one machine and, in the kernels,
+        whatever the thread count.
 
     Raises:
         ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite,
-            or no scalar tensor on the device of z, pairs or reduction is unknown.
-        TypeError: z or tau is not of a supported dtype.
+            or no scalar tensor on the device of z, pairs or reduction is unknown, negatives do not
+            fit z or require a gradient, the ranks of the group differ in any of these.
+        TypeError: z, tau or negatives is not of a supported dtype, or group no process group.
         RuntimeError: on the second derivative.
     """
-    _check(z, pairs, reduction)
     tau = _tau_operand(tau, z)
-    loss, *_ = torch.ops.simclr_kernels.ntxent(z, tau, pairs, normalize, _dot_precision(z))
-    if reduction == "none":
+    precision = _dot_precision(z)
+    if group is None:
+        loss, metrics, *_ = forward_op(
+            z, tau, negatives, pairs, normalize, reduction, precision, return_metrics
+        )
+        columns = z
+    else:
+        from simclr_kernels.ntxent_distributed import distributed_nt_xent
+
+        loss, metrics, columns = distributed_nt_xent(
+            z, tau, negatives, group, pairs, normalize, reduction, precision, return_metrics
+        )
+    if not return_metrics:
         return loss
-    return loss.sum() if reduction == "sum" else loss.mean()
+    return loss, means_over_rows(metrics, z, columns, negatives, tau, normalize)
 
 
-class NTXentLoss(nn.Module):
-    """NT-Xent of two (N, D) batches of views, row k of each from one image. See fused_nt_xent.
-
-    With learnable=True the parameter is log_temperature, float32, so that no step can make the
-    temperature negative.
-    """
-
-    def __init__(self, temperature: float = 0.5, learnable: bool = False) -> None:
-        super().__init__()
-        _check_tau(temperature)
-        if learnable:
-            log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32)
-            self.log_temperature = nn.Parameter(log_temperature)
-        else:
-            self.fixed_temperature = temperature
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature in use: a float, or a scalar tensor with a gradient if learnable."""
-        if "log_temperature" in self._parameters:
-            return self.log_temperature.exp()
-        return self.fixed_temperature
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """The mean loss over the 2N rows of z0 and z1, each (N, D)."""
-        if z0.shape != z1.shape:
-            raise ValueError(
-                "z0 and z1 must have the same shape (N, D), "
-                f"got {tuple(z0.shape)} and {tuple(z1.shape)}"
-            )
-        return fused_nt_xent(torch.cat((z0, z1)), self.temperature)
-
-    def extra_repr(self) -> str:
-        return f"temperature={torch.as_tensor(self.temperature).item():g}"
-
-
-def _check(z: Tensor, pairs: str, reduction: str) -> None:
-    if z.dtype not in KERNEL_DTYPES and z.dtype != torch.float64:
+def check(z: Tensor, negatives: Tensor | None, pairs: str, reduction: str) -> None:
+    """Raises unless the kernels may read these operands."""
+    if z.dtype not in DTYPES:
         raise TypeError(f"z must be float32, float16, bfloat16 or float64, got {z.dtype}")
     if z.dim() != 2:
         raise ValueError(f"z must be 2-D (rows, features), got shape {tuple(z.shape)}")
@@ -137,9 +139,30 @@ def _check(z: Tensor, pairs: str, reduction: str) -> None:
         raise ValueError(f"pairs must be 'halves' or 'interleaved', got {pairs!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if negatives is not None:
+        _check_negatives(z, negatives)
 
 
-def _check_tau(tau: float) -> None:
+def _check_negatives(z: Tensor, negatives: Tensor) -> None:
+    if negatives.dtype != z.dtype:
+        raise TypeError(f"negatives must have the dtype of z, {z.dtype}, got {negatives.dtype}")
+    if negatives.device != z.device:
+        raise ValueError(
+            f"negatives must be on the device of z, {z.device}, got {negatives.device}"
+        )
+    if negatives.dim() != 2 or negatives.shape[1] != z.shape[1] or negatives.shape[0] < 1:
+        raise ValueError(
+            f"negatives must be 2-D with at least 1 row and the {z.shape[1]} features of z, "
+            f"got shape {tuple(negatives.shape)}; None stands for no negatives"
+        )
+    if negatives.requires_grad:
+        raise ValueError(
+            "negatives must not require a gradient, none flows into them; got some that do: detach"
+        )
+
+
+def check_tau(tau: float) -> None:
+    """Raises unless tau is a temperature."""
     if not 0 < tau < math.inf:
         raise ValueError(f"tau must be a positive finite number, got {tau}")
 
@@ -147,8 +170,8 @@ def _check_tau(tau: float) -> None:
 def _tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
     """tau as the 0-d tensor of the operator: on the CPU if it came as a number."""
     if not isinstance(tau, Tensor):
-        _check_tau(tau)
-        return torch.tensor(tau, dtype=torch.float64, device="cpu")
+        check_tau(tau)
+        return torch.scalar_tensor(tau, dtype=torch.float64, device="cpu")
     if tau.numel() != 1:
         raise ValueError(f"tau must be a scalar tensor, got shape {tuple(tau.shape)}")
     if not tau.is_floating_point():
@@ -179,80 +202,28 @@ _float32_precision._dynamo_marked_constant = True
 
 _library = torch.library.Library("simclr_kernels", "DEF")
 _library.define(
-    "ntxent(Tensor z, Tensor tau, str pairs, bool normalize, str precision)"
-    " -> (Tensor loss, Tensor top, Tensor mass, Tensor negative_share)"
+    "ntxent(Tensor z, Tensor tau, Tensor? negatives, str pairs, bool normalize, str reduction,"
+    " str precision, bool with_metrics)"
+    " -> (Tensor loss, Tensor metrics, Tensor stats, Tensor unit, Tensor stretch)"
 )
 _library.define(
-    "ntxent_backward(Tensor dloss, Tensor z, Tensor tau, Tensor top, Tensor mass,"
-    " Tensor negative_share, str pairs, bool normalize, str precision) -> (Tensor dz, Tensor dtau)"
+    "ntxent_backward(Tensor dloss, Tensor z, Tensor tau, Tensor? negatives, Tensor stats,"
+    " Tensor unit, Tensor stretch, str pairs, bool normalize, str reduction, str precision)"
+    " -> (Tensor dz, Tensor dtau)"
 )
+forward_op = torch.ops.simclr_kernels.ntxent.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_backward_op = torch.ops.simclr_kernels.ntxent_backward.default
 
 
-def _row_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _by_row(z, *values):
-    """dloss and what forward kept of each row, as the kernels read them: by address."""
-    for x in values:
-        if x.shape != z.shape[:1]:
-            raise ValueError(
-                "dloss, top, mass and negative_share must have one element for each of "
-                f"{len(z)} rows, got shape {tuple(x.shape)}"
-            )
-    return [x.detach().to(z.device, _row_dtype(z)).contiguous() for x in values]
-
-
-def _forward_cpu(z, tau, pairs, normalize, precision):
-    # the operator may be called without the public function
-    _check(z, pairs, "none")
-    _check_tau(tau.item())
-    if z.dtype == torch.float64:
-        return _forward_tiles(z, tau, pairs, normalize, precision)
-    rows, features = z.shape
-    z = z.detach().contiguous().float()
-    # not of torch's default dtype and device: C++ writes float32 there
-    loss, top, mass, negative_share = (z.new_empty(rows) for _ in range(4))
-    _C.ntxent_forward(
-        z.data_ptr(),
-        rows,
-        features,
-        pairs == "interleaved",
-        normalize,
-        tau.item(),
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        top.data_ptr(),
-        mass.data_ptr(),
-        negative_share.data_ptr(),
-    )
-    return loss, top, mass, negative_share
-
-
-def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
-    _check(z, pairs, "none")
-    if z.dtype == torch.float64:
-        kept = (top, mass, negative_share)
-        return _backward_tiles(dloss, z, tau, *kept, pairs, normalize, precision)
-    rows, features = z.shape
-    rows_of_z = z.detach().contiguous().float()
-    dloss, top, mass, negative_share = _by_row(z, dloss, top, mass, negative_share)
-    dz = rows_of_z.new_empty(rows, features)
-    dtau = _C.ntxent_backward(
-        rows_of_z.data_ptr(),
-        rows,
-        features,
-        pairs == "interleaved",
-        normalize,
-        tau.item(),
-        torch.get_num_threads(),
-        top.data_ptr(),
-        mass.data_ptr(),
-        negative_share.data_ptr(),
-        dloss.data_ptr(),
-        dz.data_ptr(),
-    )
-    return dz.to(z.dtype), tau.new_tensor(dtau)
+def kernels_for(z: Tensor) -> ModuleType:
+    """The module whose negative_sums, finish_rows and row_gradients compute z."""
+    if z.dtype != torch.float64:
+        if z.device.type == "cpu":
+            return ntxent_cpu
+        if z.device.type == "cuda":
+            return _triton_kernels()
+    return ntxent_tiles
 
 
 def _triton_kernels():
@@ -268,89 +239,80 @@ def _triton_kernels():
     return ntxent_triton
 
 
-def _forward_cuda(z, tau, pairs, *rest):
-    _check(z, pairs, "none")
+def upstream_of_rows(dloss: Tensor, rows: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """(rows,) contiguous: scale times dloss, which is 0-d or (rows,)."""
+    if dloss.dim() == 0 and dloss.device.type == "cpu":
+        # one small operation in place of four
+        return dloss.new_full((rows,), dloss.item() * scale, dtype=dtype)
+    return (dloss.detach().to(dtype) * scale).expand(rows).contiguous()
+
+
+def _check_kept(dloss, z, reduction, kept, shapes):
+    expected = [(z.shape[0],) if reduction == "none" else (), *shapes]
+    got = [tuple(x.shape) for x in (dloss, *kept)]
+    if got != [tuple(shape) for shape in expected]:
+        raise ValueError(
+            f"dloss must have the shape of the loss, and what forward kept its own, {expected}, "
+            f"got {got}"
+        )
+
+
+def _forward_rows(z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
+    # the operator may be called without the public function
+    check(z, negatives, pairs, reduction)
+    if tau.device.type == "cpu":
+        check_tau(tau.item())
+    kernels, rows = kernels_for(z), z.shape[0]
+    span = rows if pairs == "halves" else 2
+    top, mass, metrics = kernels.negative_sums(
+        z, tau, negatives, span, 0, rows, normalize, with_metrics
+    )
+    loss, stats = kernels.finish_rows(z, tau, top, mass, span, normalize)
+    if reduction != "none":
+        loss = loss.sum() if reduction == "sum" else loss.mean()
+    return loss, metrics, stats, z.new_empty(0), z.new_empty(0)
+
+
+def _backward_rows(
+    dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+):
+    check(z, negatives, pairs, reduction)
+    rows = z.shape[0]
+    _check_kept(dloss, z, reduction, (stats,), [(3, rows)])
+    dloss = upstream_of_rows(dloss, rows, 1 / rows if reduction == "mean" else 1.0, row_dtype(z))
+    span = rows if pairs == "halves" else 2
+    dz, dtau = kernels_for(z).row_gradients(
+        dloss, z, tau, negatives, stats, span, 0, rows, normalize
+    )
+    return dz, dtau.to(tau.dtype)
+
+
+def _forward_cuda(z, tau, negatives, pairs, normalize, reduction, *rest):
     if z.dtype == torch.float64:
-        return _forward_tiles(z, tau, pairs, *rest)
+        return _forward_rows(z, tau, negatives, pairs, normalize, reduction, *rest)
+    check(z, negatives, pairs, reduction)
+    if tau.device.type == "cpu":
+        check_tau(tau.item())
     # triton launches on the current device
     with torch.cuda.device(z.device):
-        return _triton_kernels().forward(z, tau, pairs, *rest)
+        return _triton_kernels().forward(z, tau, negatives, pairs, normalize, reduction, *rest)
 
 
-def _backward_cuda(dloss, z, tau, top, mass, negative_share, pairs, *rest):
-    _check(z, pairs, "none")
-    dloss, *kept = _by_row(z, dloss, top, mass, negative_share)
+def _backward_cuda(
+    dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+):
+    operands = z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
     if z.dtype == torch.float64:
-        return _backward_tiles(dloss, z, tau, *kept, pairs, *rest)
+        return _backward_rows(dloss, *operands)
+    check(z, negatives, pairs, reduction)
+    kernels = _triton_kernels()
+    _check_kept(dloss, z, reduction, (stats, unit, stretch), kernels.kept_shapes(*z.shape))
     with torch.cuda.device(z.device):
-        return _triton_kernels().backward(dloss, z, tau, *kept, pairs, *rest)
-
-
-def _tau_beside(z, tau):
-    """tau in the dtype and on the device of the rows, without waiting for it; NaN unless > 0."""
-    if tau.device != z.device:
-        return torch.full((), tau.item(), dtype=_row_dtype(z), device=z.device)
-    return torch.where(tau > 0, tau, math.nan).to(_row_dtype(z))
-
-
-def _tiles(z, tau, pairs, normalize):
-    """The rows multiplied, and an iterator over (rows, their logits, -inf where no negative)."""
-    rows = z.shape[0]
-    z = z.detach().to(_row_dtype(z))
-    unit = unit_rows(z) if normalize else z
-    positive = positive_index(rows, pairs, z.device)
-    height = max(1, TILE_ELEMENTS // rows)
-
-    def tiles():
-        for start in range(0, rows, height):
-            block = slice(start, min(start + height, rows))
-            r = torch.arange(block.stop - block.start, device=z.device)
-            logits = unit[block] @ unit.T / tau
-            logits[r, start + r] = -math.inf
-            logits[r, positive[block]] = -math.inf
-            yield block, logits
-
-    return unit, positive, tiles()
-
-
-def _forward_tiles(z, tau, pairs, normalize, precision):
-    """The formulas in blocks of rows: for float64 and for devices without a kernel."""
-    tau = _tau_beside(z, tau)
-    with torch.autocast(z.device.type, enabled=False):
-        unit, positive, tiles = _tiles(z, tau, pairs, normalize)
-        pos = (unit * unit[positive]).sum(1) / tau
-        excess = torch.cat([logits.logsumexp(1) for _, logits in tiles]) - pos
-        loss = torch.logaddexp(excess, torch.zeros_like(excess))
-        return loss, (pos + loss) / LN2, torch.ones_like(loss), excess.sigmoid()
-
-
-def _backward_tiles(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
-    tau_operand, tau = tau, _tau_beside(z, tau)
-    with torch.autocast(z.device.type, enabled=False):
-        unit, positive, tiles = _tiles(z, tau, pairs, normalize)
-        lse = top * LN2 + mass.log()
-        shared = dloss * negative_share
-        sum_w = -(shared + shared[positive])[:, None] * unit[positive]
-        for block, logits in tiles:
-            w = (logits - lse[block, None]).exp() * dloss[block, None]
-            w += (logits - lse).exp() * dloss
-            sum_w[block] += w @ unit
-        inner = (sum_w * unit).sum(1, keepdim=True)
-        dz = sum_w
-        if normalize:
-            square = z.detach().to(unit.dtype).square().sum(1, keepdim=True)
-            dz = sum_w - torch.where(square < SQUARED_NORM_FLOOR, 0.0, inner) * unit
-            dz = dz * square.clamp_min(SQUARED_NORM_FLOOR).rsqrt()
-        dtau = -0.5 * inner.sum() / tau.square()
-        if tau_operand.device != z.device:
-            # tau came as a number: nobody asks, and to answer would wait for the device
-            dtau = torch.full_like(tau_operand, math.nan)
-        return (dz / tau).to(z.dtype), dtau.to(tau_operand.dtype)
+        return kernels.backward(dloss, *operands)
 
 
 for _key, _forward, _backward in (
-    ("CompositeExplicitAutograd", _forward_tiles, _backward_tiles),
-    ("CPU", _forward_cpu, _backward_cpu),
+    ("CompositeExplicitAutograd", _forward_rows, _backward_rows),
     ("CUDA", _forward_cuda, _backward_cuda),
 ):
     _library.impl("ntxent", _forward, _key)
@@ -358,43 +320,57 @@ for _key, _forward, _backward in (
 
 
 @torch.library.register_fake("simclr_kernels::ntxent", lib=_library)
-def _fake_forward(z, tau, pairs, normalize, precision):
-    return tuple(z.new_empty(z.shape[0], dtype=_row_dtype(z)) for _ in range(4))
+def _fake_forward(z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
+    check(z, negatives, pairs, reduction)
+    rows, features = z.shape
+    stats, unit, stretch = (3, rows), (0,), (0,)
+    if z.device.type == "cuda" and z.dtype != torch.float64:
+        stats, unit, stretch = _triton_kernels().kept_shapes(rows, features)
+    kept = z.new_empty(stats, dtype=row_dtype(z))
+    loss = kept.new_empty(rows if reduction == "none" else ())
+    metrics = kept.new_empty(3, rows if with_metrics else 0)
+    return loss, metrics, kept, z.new_empty(unit), kept.new_empty(stretch)
 
 
 @torch.library.register_fake("simclr_kernels::ntxent_backward", lib=_library)
-def _fake_backward(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
+def _fake_backward(dloss, z, tau, *_):
     return z.new_empty(z.shape), tau.new_empty(())
 
 
-def _setup_context(ctx, inputs, output):
-    z, tau, ctx.pairs, ctx.normalize, ctx.precision = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, tau, *kept)
+class _NTXent(torch.autograd.Function):
+    """What torch.library.register_autograd would make of this, in two thirds of its time."""
 
+    @staticmethod
+    def forward(ctx, z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
+        with _below_autograd():
+            outputs = forward_op(
+                z, tau, negatives, pairs, normalize, reduction, precision, with_metrics
+            )
+        _, metrics, *kept = outputs
+        ctx.settings = pairs, normalize, reduction, precision
+        ctx.mark_non_differentiable(metrics, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, tau, negatives, *kept)
+        return outputs
 
-def _differentiate(ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 5
-    dz, dtau = torch.ops.simclr_kernels.ntxent_backward(
-        dloss, *ctx.saved_tensors, ctx.pairs, ctx.normalize, ctx.precision
-    )
-    # None where nobody asks: the anomaly detection of torch looks for NaN in all that is returned
-    dz, dtau = (
-        d if asked else None for d, asked in zip((dz, dtau), ctx.needs_input_grad, strict=False)
-    )
-    return dz, dtau, None, None, None
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 8
+        # only a graph of the gradient needs the autograd of the second operator
+        below = contextlib.nullcontext if torch.is_grad_enabled() else _below_autograd
+        with below():
+            dz, dtau = _backward_op(dloss, *ctx.saved_tensors, *ctx.settings)
+        # None where nobody asks: the anomaly detection of torch looks for NaN in what is returned
+        asked_z, asked_tau, *_ = ctx.needs_input_grad
+        return dz if asked_z else None, dtau if asked_tau else None, *(None,) * 6
 
 
 def _refuse_second_derivative(ctx, ddz, ddtau):
     raise RuntimeError("fused_nt_xent has no second derivative; use reference.nt_xent for it")
 
 
-torch.library.register_autograd(
-    "simclr_kernels::ntxent", _differentiate, setup_context=_setup_context, lib=_library
-)
+_library.impl("ntxent", _NTXent.apply, "Autograd")
 torch.library.register_autograd(
     "simclr_kernels::ntxent_backward", _refuse_second_derivative, lib=_library
 )

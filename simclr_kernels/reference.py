@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SQUARED_NORM_FLOOR = 1e-12
+TIE = 2.0**-20  # of the size of two logits: closer ones are equal
 
 
 def positive_index(rows: int, pairs: str = "halves", device: torch.device | None = None) -> Tensor:
     """(M,) int64: for each of M rows the row that holds the other view of the same image."""
+    if pairs not in ("halves", "interleaved"):
+        raise ValueError(f"pairs must be 'halves' or 'interleaved', got {pairs!r}")
+    return positive_in_spans(rows, rows if pairs == "halves" else 2, device)
+
+
+def positive_in_spans(rows: int, span: int, device: torch.device | None = None) -> Tensor:
+    """The same for groups of span rows, each view 0 of span / 2 images and then their view 1."""
     i = torch.arange(rows, device=device)
-    if pairs == "halves":
-        return (i + rows // 2) % rows
-    if pairs == "interleaved":
-        return i ^ 1
-    raise ValueError(f"pairs must be 'halves' or 'interleaved', got {pairs!r}")
+    return i - i % span + (i % span + span // 2) % span
 
 
 def unit_rows(z: Tensor) -> Tensor:
@@ -36,6 +40,7 @@ def nt_xent(
     pairs: str = "halves",
     normalize: bool = True,
     reduction: str = "mean",
+    negatives: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent over M = 2N rows, by the M x M matrix. See fused_nt_xent for the arguments.
 
@@ -43,23 +48,62 @@ def nt_xent(
     entropy of the paper, without the difference p - 1 that cancels where positives dominate.
     Computes in z's own dtype.
     """
-    rows = z.shape[0]
-    i = torch.arange(rows, device=z.device)
-    positive = positive_index(rows, pairs, z.device)
-    z_hat = unit_rows(z) if normalize else z
-    logits = z_hat @ z_hat.T / tau
-    pos = logits[i, positive]
-    if rows == 2:  # no negatives: 0, and 0 times the logits for a zero gradient and for NaN
+    pos, logits = _logits(z, tau, pairs, normalize, negatives)
+    if logits.shape[1] == 2:  # no negatives: 0, and 0 times the logits for a zero gradient and NaN
         loss = 0.0 * pos
     else:
-        not_negative = torch.zeros(rows, rows, dtype=torch.bool, device=z.device)
-        not_negative[i, i] = True
-        not_negative[i, positive] = True
-        lse = logits.masked_fill(not_negative, float("-inf")).logsumexp(1)
-        loss = torch.logaddexp(lse - pos, torch.zeros_like(pos))
+        loss = torch.logaddexp(logits.logsumexp(1) - pos, torch.zeros_like(pos))
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def _logits(z, tau, pairs, normalize, negatives):
+    """Of the positives (M,), and of all columns (M, M + K), -inf where a column is no negative."""
+    rows = z.shape[0]
+    i = torch.arange(rows, device=z.device)
+    positive = positive_index(rows, pairs, z.device)
+    columns = z if negatives is None else torch.cat((z, negatives))
+    if normalize:
+        z, columns = unit_rows(z), unit_rows(columns)
+    logits = z @ columns.T / tau
+    not_negative = torch.zeros_like(logits, dtype=torch.bool)
+    not_negative[i, i] = not_negative[i, positive] = True
+    return logits[i, positive], logits.masked_fill(not_negative, float("-inf"))
+
+
+def nt_xent_metrics(
+    z: Tensor,
+    tau: float,
+    *,
+    pairs: str = "halves",
+    normalize: bool = True,
+    negatives: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """NTXentMetrics: means over the M rows, over all 2N - 1 + K candidates of a row."""
+    pos, logits = _logits(z, tau, pairs, normalize, negatives)
+    right = is_nearest(pos, logits.amax(1), tau, normalize)
+    entropy = torch.special.entr(torch.cat((pos[:, None], logits), 1).softmax(1)).sum(1)
+    negative = logits[logits > float("-inf")]
+    return right.to(z.dtype).mean(), entropy.mean(), pos.mean() * tau, negative.mean() * tau
+
+
+def is_nearest(pos: Tensor, largest: Tensor, tau: float | Tensor, normalize: bool) -> Tensor:
+    """Whether the logit of a positive is at least the largest of the negatives, to rounding."""
+    size = torch.maximum(pos.abs(), largest.abs())
+    # similarities of unit rows round like 1, however small they are
+    return pos + TIE * ((size * tau).clamp_min(1) / tau if normalize else size) >= largest
+
+
+def original_metrics(z: Tensor, tau: float, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """contrast_acc and contrast_entropy of the original: of view 0 among the N rows of view 1.
+
+    Of equal rows the first counts as the nearest; the entropy is that of p + 1e-8.
+    """
+    view0, view1 = (unit_rows(z) if normalize else z).chunk(2)
+    p = (view0 @ view1.T / tau).softmax(1)
+    right = p.argmax(1) == torch.arange(len(p), device=z.device)
+    return right.to(z.dtype).mean(), -(p * (p + 1e-8).log()).sum(1).mean()
 
 
 KEYS_A = -0.5  # of the bicubic kernel

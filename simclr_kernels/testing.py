@@ -62,7 +62,12 @@ class LossCase:
             return normal(max(images // 4, 1)).repeat(9, 1)[: self.rows]
         if self.kind == "collapsed":
             return normal(1).repeat(self.rows, 1) * (1 + torch.arange(self.rows)[:, None] % 3)
-        raise ValueError(f"kind must be one of the five above, got {self.kind!r}")
+        if self.kind == "zeros":
+            z = normal(self.rows)
+            z[::5] = 0
+            z[1::5] *= 1e-8
+            return z
+        raise ValueError(f"kind must be one of the six above, got {self.kind!r}")
 
 
 # the smallest shapes at which each path through the tiles is taken

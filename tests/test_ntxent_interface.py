@@ -1,51 +1,69 @@
-"""fused_nt_xent as torch sees it: the registered operator, the compiler, the module, the errors."""
+"""fused_nt_xent as torch sees it: the registered operators, the compiler, autograd, the errors."""
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
-from simclr_kernels import _C, ntxent
-from simclr_kernels.ntxent import NTXentLoss, fused_nt_xent
-from simclr_kernels.reference import nt_xent
+from simclr_kernels import _C, NegativeQueue, NTXentLoss, fused_nt_xent, ntxent
+
+FLAGS = ("halves", True, "mean", "ieee")
+forward = torch.ops.simclr_kernels.ntxent
+backward = torch.ops.simclr_kernels.ntxent_backward
 
 
-def test_opcheck_accepts_both_operators():
-    z = torch.randn(34, 16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize(("reduction", "with_metrics"), [("mean", False), ("none", True)])
+def test_opcheck_accepts_both_operators(reduction, with_metrics, extra, dtype):
+    z = torch.randn(34, 16, dtype=dtype, requires_grad=True)
     tau = torch.tensor(0.3, requires_grad=True)
-    flags = ("halves", True, "ieee")
-    torch.library.opcheck(torch.ops.simclr_kernels.ntxent.default, (z, tau, *flags))
-    loss, *kept = torch.ops.simclr_kernels.ntxent(z.detach(), tau.detach(), *flags)
-    operands = (loss, z.detach(), tau.detach(), *kept, *flags)
-    torch.library.opcheck(torch.ops.simclr_kernels.ntxent_backward.default, operands)
+    negatives = torch.randn(extra, 16, dtype=dtype) if extra else None
+    flags = ("interleaved", True, reduction, "ieee")
+    operands = (z, tau, negatives, *flags, with_metrics)
+    torch.library.opcheck(forward.default, operands)
+    z, tau = z.detach(), tau.detach()
+    loss, _, *kept = forward(z, tau, negatives, *flags, with_metrics)
+    operands = (loss, z, tau, negatives, *kept, *flags)
+    torch.library.opcheck(backward.default, operands)
 
 
 def test_backward_operator_takes_what_forward_kept_in_any_layout_and_dtype():
-    z, tau, flags = torch.randn(34, 16), torch.tensor(0.3), ("halves", True, "ieee")
-    loss, *kept = torch.ops.simclr_kernels.ntxent(z, tau, *flags)
-    plain = torch.ops.simclr_kernels.ntxent_backward(loss, z, tau, *kept, *flags)
-    strided = [torch.stack((x, x.new_full((34,), math.nan)), 1)[:, 0] for x in (loss, *kept)]
-    double = [x.double() for x in (loss, *kept)]
-    for dloss, *others in (strided, double):
-        again = torch.ops.simclr_kernels.ntxent_backward(dloss, z, tau, *others, *flags)
+    z, tau, flags = torch.randn(34, 16), torch.tensor(0.3), ("halves", True, "none", "ieee")
+    loss, _, stats, *empty = forward(z, tau, None, *flags, False)
+    plain = backward(loss, z, tau, None, stats, *empty, *flags)
+    strided = [torch.stack((x, x * math.nan), -1)[..., 0] for x in (loss, stats)]
+    for dloss, kept in (strided, (loss.double(), stats.double())):
+        again = backward(dloss, z, tau, None, kept, *empty, *flags)
         assert all(map(torch.equal, again, plain))
 
 
 def test_operators_refuse_rows_that_the_kernels_would_read_out_of_bounds():
-    z, tau, flags = torch.randn(6, 4), torch.tensor(0.3), ("interleaved", True, "ieee")
-    rows = torch.ones(6)
+    z, tau, flags = torch.randn(6, 4), torch.tensor(0.3), ("interleaved", True, "none", "ieee")
+    rows, stats, empty = torch.ones(6), torch.ones(3, 6), torch.ones(0)
     with pytest.raises(ValueError, match="even number of rows .* got 5"):
-        torch.ops.simclr_kernels.ntxent(z[:5], tau, *flags)
+        forward(z[:5], tau, None, *flags, False)
     with pytest.raises(ValueError, match="even number of rows .* got 5"):
-        torch.ops.simclr_kernels.ntxent_backward(
-            rows[:5], z[:5], tau, rows[:5], rows[:5], rows[:5], *flags
-        )
-    for k in range(4):
-        four = [rows] * 4
-        four[k] = rows[:4]
-        with pytest.raises(ValueError, match=r"each of 6 rows, got shape \(4,\)"):
-            torch.ops.simclr_kernels.ntxent_backward(four[0], z, tau, *four[1:], *flags)
+        backward(rows[:5], z[:5], tau, None, stats[:, :5], empty, empty, *flags)
+    with pytest.raises(ValueError, match=r"the 4 features of z, got shape \(2, 3\)"):
+        forward(z, tau, torch.ones(2, 3), *flags, False)
+    with pytest.raises(ValueError, match=r"the 4 features of z, got shape \(2, 3\)"):
+        backward(rows, z, tau, torch.ones(2, 3), stats, empty, empty, *flags)
+    with pytest.raises(ValueError, match="tau must be a positive finite number, got -2"):
+        forward(z, torch.tensor(-2.0), None, *flags, False)
+    for dloss, kept, got in (
+        (rows[:4], stats, r"\[\(4,\), \(3, 6\)\]"),
+        (rows, stats[:, :4], r"\[\(6,\), \(3, 4\)\]"),
+        (rows, stats[0], r"\[\(6,\), \(6,\)\]"),
+        (rows[0], stats, r"\[\(\), \(3, 6\)\]"),
+    ):
+        rule = r"what forward kept its own, \[\(6,\), \(3, 6\)\], got "
+        with pytest.raises(ValueError, match=rule + got):
+            backward(dloss, z, tau, None, kept, empty, empty, *flags)
 
 
 def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
@@ -57,6 +75,31 @@ def test_compiles_to_one_graph_for_any_number_of_images_and_any_temperature():
         gradients = [torch.autograd.grad(f(z, tau), z)[0] for f in (plain, fused_nt_xent)]
         assert torch.equal(*gradients)
         assert torch.equal(learnable(*z.chunk(2)), loss(*z.chunk(2)))
+
+
+def test_compiles_to_one_graph_with_negatives_and_metrics():
+    queue = NegativeQueue(12, 16)
+    options = {"reduction": "none", "return_metrics": True}
+
+    def step(z):
+        loss, metrics = fused_nt_xent(z, 0.1, negatives=queue.negatives, **options)
+        return loss.sum(), *metrics
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for images in (4, 9, 17):
+        z = torch.randn(2 * images, 16)
+        for actual, expected in zip(compiled(z), step(z), strict=True):
+            torch.testing.assert_close(actual, expected, equal_nan=True)
+        queue.push(z[:5])
+
+
+def test_the_compiler_refuses_what_the_function_refuses():
+    compiled = torch.compile(fused_nt_xent, fullgraph=True, backend="aot_eager")
+    # the compiler may know the number of rows by a name only
+    with pytest.raises(Exception, match="z must have an even number of rows .*, got (3|s[0-9]+)"):
+        compiled(torch.zeros(3, 2), 0.1)
+    with pytest.raises(Exception, match="negatives must not require a gradient"):
+        compiled(torch.zeros(4, 2), 0.1, negatives=torch.zeros(1, 2, requires_grad=True))
 
 
 def test_matmul_precision_is_read_as_torch_has_it_also_by_the_compiler():
@@ -79,23 +122,30 @@ def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
         ntxent._triton_kernels()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_compiler_knows_what_a_gpu_keeps_for_backward(dtype, monkeypatch):
+    shapes = SimpleNamespace(kept_shapes=lambda rows, features: ((4, rows), (rows, 64), (rows,)))
+    monkeypatch.setattr(ntxent, "_triton_kernels", lambda: shapes)
+    with FakeTensorMode():
+        z = torch.empty(6, 5, dtype=dtype, device="cuda")
+        loss, metrics, stats, unit, stretch = forward(z, torch.tensor(0.1), None, *FLAGS, True)
+    of_row = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {x.dtype for x in (loss, metrics, stats, stretch)} == {of_row} and unit.dtype == dtype
+    assert loss.shape == () and metrics.shape == (3, 6)
+    kept = [stats.shape, unit.shape, stretch.shape]
+    assert kept == ([(3, 6), (0,), (0,)] if dtype == torch.float64 else [(4, 6), (6, 64), (6,)])
+
+
 def test_autocast_does_not_change_a_bit():
     z = torch.randn(34, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [fused_nt_xent(x, 0.1) for x in (z, z.double())]
-    assert all(map(torch.equal, inside, [fused_nt_xent(x, 0.1) for x in (z, z.double())]))
 
-
-def test_autocast_does_not_reach_the_products_of_devices_without_a_kernel():
-    z, tau = torch.randn(34, 16), torch.tensor(0.1)
-
-    def by_tiles():
-        loss, *kept = ntxent._forward_tiles(z, tau, "halves", True, "ieee")
-        return loss, *ntxent._backward_tiles(loss, z, tau, *kept, "halves", True, "ieee")
+    def results():
+        pairs = [fused_nt_xent(x, 0.1, return_metrics=True) for x in (z, z.double())]
+        return [x for loss, metrics in pairs for x in (loss, *metrics)]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = by_tiles()
-    assert all(map(torch.equal, inside, by_tiles()))
+        inside = results()
+    assert all(map(torch.equal, inside, results()))
 
 
 def loss_and_gradient(z):
@@ -125,14 +175,6 @@ def test_default_device_of_torch_changes_nothing():
     assert all(map(torch.equal, actual, expected))
 
 
-def test_row_blocks_give_nan_where_the_temperature_is_not_positive():
-    for tau in (0.0, -0.1):
-        loss, *_ = ntxent._forward_tiles(
-            torch.randn(6, 4), torch.tensor(tau), "halves", True, "ieee"
-        )
-        assert loss.isnan().all()
-
-
 def test_a_gradient_that_nobody_asks_for_is_not_returned():
     z = torch.randn(6, 4, requires_grad=True)
     tau = torch.tensor(0.5, requires_grad=True)
@@ -143,7 +185,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_returned():
             lambda dz_dtau, _: returned.append([d is not None for d in dz_dtau])
         )
         loss.sum().backward()
-    assert [kept[:2] for kept in returned] == [[True, False], [False, True], [True, True]]
+    assert [given[:2] for given in returned] == [[True, False], [False, True], [True, True]]
 
 
 def test_rows_that_are_not_contiguous_are_read_right():
@@ -158,19 +200,28 @@ def test_second_derivative_raises():
         dz.sum().backward()
 
 
-def test_module_equals_the_function_and_learns_its_temperature():
-    z0, z1 = torch.randn(2, 8, 16)
-    fixed = NTXentLoss(0.2)
-    assert torch.equal(fixed(z0, z1), fused_nt_xent(torch.cat((z0, z1)), 0.2))
-    assert not list(fixed.parameters()) and NTXentLoss().temperature == 0.5
-    learnable = NTXentLoss(0.2, learnable=True)
-    learnable(z0, z1).backward()
-    z = torch.cat((z0, z1)).double()
-    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    nt_xent(z, tau).backward()
-    # d/d log tau = tau d/d tau
-    assert learnable.log_temperature.grad.item() == pytest.approx(0.2 * tau.grad.item(), rel=1e-5)
-    assert repr(learnable) == "NTXentLoss(temperature=0.2)"
+def test_derivatives_by_transforms_and_in_forward_mode_are_errors_and_not_zero():
+    z = torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.jvp(lambda x: fused_nt_xent(x, 0.5), (z,), (z,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        fused_nt_xent(forward_ad.make_dual(z, z), 0.5)
+
+
+def test_a_loss_that_nothing_needs_a_gradient_of_has_none():
+    z = torch.randn(6, 4)
+    assert not fused_nt_xent(z, 0.5).requires_grad
+    with torch.no_grad():
+        assert not fused_nt_xent(z.requires_grad_(), 0.5).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(fused_nt_xent(z.clone(), 0.5), fused_nt_xent(z, 0.5))
+
+
+def test_two_losses_in_one_graph_add_their_gradients():
+    z = torch.randn(6, 4, requires_grad=True)
+    (both,) = torch.autograd.grad(fused_nt_xent(z, 0.5) + 3 * fused_nt_xent(z, 0.1), z)
+    apart = [torch.autograd.grad(fused_nt_xent(z, tau), z)[0] for tau in (0.5, 0.1)]
+    torch.testing.assert_close(both, apart[0] + 3 * apart[1])
 
 
 Z = torch.zeros(4, 3)
@@ -201,11 +252,20 @@ def test_errors_state_the_rule_and_the_value(error, message, z, tau, kwargs):
         fused_nt_xent(z, tau, **kwargs)
 
 
-def test_module_refuses_a_bad_temperature_and_views_of_different_shape():
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got 0"):
-        NTXentLoss(0)
-    with pytest.raises(ValueError, match=r"same shape .* got \(4, 3\) and \(2, 3\)"):
-        NTXentLoss()(Z, Z[:2])
+@pytest.mark.parametrize(
+    ("error", "message", "negatives"),
+    [
+        (TypeError, "the dtype of z, torch.float32, got torch.float64", Z.double()),
+        (ValueError, "on the device of z, cpu, got meta", Z.to("meta")),
+        (ValueError, r"2-D with at least 1 row and the 3 features .* got shape \(4,\)", Z[:, 0]),
+        (ValueError, r"the 3 features of z, got shape \(4, 2\)", Z[:, :2]),
+        (ValueError, r"got shape \(0, 3\); None stands for no negatives", Z[:0]),
+        (ValueError, "not require a gradient", torch.zeros(1, 3, requires_grad=True)),
+    ],
+)
+def test_errors_about_negatives_state_the_rule_and_the_value(error, message, negatives):
+    with pytest.raises(error, match=f"negatives must.*{message}"):
+        fused_nt_xent(Z, 0.1, negatives=negatives)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

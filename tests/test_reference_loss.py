@@ -1,4 +1,4 @@
-"""The reference loss: against the paper's Algorithm 1, the original's outputs and autograd."""
+"""The reference loss and metrics: against Algorithm 1, the original's outputs and autograd."""
 
 import math
 
@@ -7,20 +7,30 @@ import pytest
 import torch
 from conftest import shared_path
 
-from simclr_kernels.reference import nt_xent, positive_index, unit_rows
+from simclr_kernels.reference import (
+    is_nearest,
+    nt_xent,
+    nt_xent_metrics,
+    original_metrics,
+    positive_in_spans,
+    positive_index,
+    unit_rows,
+)
 
 
-def algorithm_1(z, tau):
-    """The paper's Algorithm 1, loop by loop; rows 2k - 1 and 2k of the paper are 2k and 2k + 1."""
+def similarities(z):
+    """s of the paper's Algorithm 1, loop by loop."""
+    return [[float(a @ b / (a.norm() * b.norm())) for b in z] for a in z]
+
+
+def algorithm_1(z, tau, negatives=()):
+    """The paper's Algorithm 1; rows 2k - 1 and 2k of the paper are 2k and 2k + 1."""
     rows = len(z)
-    s = [
-        [float(z[i] @ z[j] / (z[i].norm() * z[j].norm())) for j in range(rows)] for i in range(rows)
-    ]
+    s = similarities([*z, *negatives])
 
     def ell(i, j):
-        return -math.log(
-            math.exp(s[i][j] / tau) / sum(math.exp(s[i][k] / tau) for k in range(rows) if k != i)
-        )
+        candidates = (k for k in range(rows + len(negatives)) if k != i)
+        return -math.log(math.exp(s[i][j] / tau) / sum(math.exp(s[i][k] / tau) for k in candidates))
 
     return sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(rows // 2)) / rows
 
@@ -32,6 +42,40 @@ def test_equals_algorithm_1_of_the_paper(tau):
     assert nt_xent(z, tau, pairs="interleaved").item() == pytest.approx(expected, rel=1e-13)
     halves = torch.cat((z[::2], z[1::2]))
     assert nt_xent(halves, tau).item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("rows", [2, 10])
+def test_negatives_are_further_candidates_of_algorithm_1(rows):
+    z, negatives = torch.randn(rows, 7).double(), torch.randn(3, 7).double()
+    expected = algorithm_1(z, 0.1, negatives)
+    loss = nt_xent(z, 0.1, pairs="interleaved", negatives=negatives)
+    assert loss.item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_metrics_are_those_of_loops_over_the_candidates(extra):
+    z, negatives = torch.randn(10, 7).double(), torch.randn(extra, 7).double()
+    s, tau = similarities([*z, *negatives]), 0.3
+    right, entropy, positive, negative = [], [], [], []
+    for i in range(10):
+        pos = s[i][i ^ 1]
+        others = [s[i][k] for k in range(10 + extra) if k not in (i, i ^ 1)]
+        e = [math.exp(x / tau) for x in (pos, *others)]
+        right.append(pos >= max(others))
+        entropy.append(-sum(x / sum(e) * math.log(x / sum(e)) for x in e))
+        positive.append(pos)
+        negative += others
+    found = nt_xent_metrics(z, tau, pairs="interleaved", negatives=negatives if extra else None)
+    for ours, values in zip(found, (right, entropy, positive, negative), strict=True):
+        assert ours.item() == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+
+def test_nearest_counts_ties_to_rounding_as_right():
+    pos = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    largest = torch.tensor([1.0, 1 + 2.0**-21, 1 + 2.0**-18, 1e-6])
+    assert is_nearest(pos, largest, 1.0, False).tolist() == [True, True, False, False]
+    # similarities of unit rows round like 1: logits like 1 / tau
+    assert is_nearest(pos, largest, 0.1, True).tolist() == [True, True, True, True]
 
 
 def golden_case(k):
@@ -64,6 +108,15 @@ def test_equals_the_original_code(k, dtype):
     loss = nt_xent(z, case["tau"], normalize=case["normalize"])
     loss.backward()
     assert_equals_golden(loss, z.grad, case)
+
+
+@pytest.mark.parametrize("k", range(22))
+def test_metrics_of_the_original_are_those_it_logged(k):
+    golden = np.load(shared_path("golden/nt_xent.npz"))
+    case = golden_case(k)
+    accuracy, entropy = original_metrics(case["z"].double(), case["tau"], case["normalize"])
+    assert accuracy.item() == pytest.approx(golden["contrast_acc"][k], rel=1e-6)
+    assert abs(entropy.item() - golden["contrast_entropy"][k]) <= 1e-6
 
 
 @pytest.mark.parametrize("size", ["2x5x16", "4x8x32", "2x32x64"])
@@ -117,6 +170,12 @@ def test_positive_index_pairs_rows_as_its_name_says():
     assert positive_index(6, "interleaved").tolist() == [1, 0, 3, 2, 5, 4]
     with pytest.raises(ValueError, match="pairs must be 'halves' or 'interleaved', got 'rows'"):
         positive_index(6, "rows")
+
+
+def test_positives_in_spans_are_in_the_other_half_of_their_group():
+    assert positive_in_spans(8, 4).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
+    assert torch.equal(positive_in_spans(8, 8), positive_index(8))
+    assert torch.equal(positive_in_spans(8, 2), positive_index(8, "interleaved"))
 
 
 def test_unit_rows_multiplies_the_smallest_rows_by_a_million_and_keeps_zero():
