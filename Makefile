@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
 .PHONY: demo test bench lint
 demo: $(READY)
@@ -9,8 +10,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(PEERS)
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json .benchmarks/ntxent.json
+	$(BIN)/python -m benchmarks.plot_ntxent .benchmarks/ntxent.json --out .benchmarks/ntxent.png
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,4 +23,8 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
+	touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
 	touch $@

@@ -1,71 +1,97 @@
-"""Time of the loss against the reference: `pytest benchmarks/bench_ntxent.py --benchmark-only`.
+"""Time and memory of the loss and of what else people use: `pytest --benchmark-only`.
 
-Rows: ours and eager torch, forward and forward plus backward, at 2N rows of 128 features, tau 0.1,
-float32, on the GPU if there is one. Each answer is checked before it is timed. The reference at
-16384 rows takes 4 GiB of memory and more.
+Groups: forward, and forward + backward, at 2N rows of D features, tau 0.1; float32 on a CPU; on a
+GPU bfloat16 (peers under autocast), TF32 and float32. Values and gradients are checked first.
+`--large` adds sizes that take minutes on a CPU. `make bench` installs the peers, writes the results
+as JSON and prints their table.
 """
 
+from typing import NamedTuple
+
 import pytest
-import torch
 
-from simclr_kernels.ntxent import fused_nt_xent
-from simclr_kernels.reference import nt_xent
-from simclr_kernels.testing import LossCase
+from benchmarks.conftest import DEVICE
+from benchmarks.contenders import WHAT, Size, loss_contenders, measurement
 
-FEATURES = 128
-TAU = 0.1
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOSSES = {"ours": fused_nt_xent, "reference": nt_xent}
-# products of (2N, D) by (D, 2N) size that the formulas need; a kernel may recompute some
-PRODUCTS = {"forward": 1, "forward+backward": 3}
+GPU = DEVICE == "cuda"
+FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 
-
-def wait():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-@pytest.fixture(scope="module")
-def answers():
-    """The gradient by the reference, once for each number of rows: what ours must equal."""
-    known = {}
-
-    def answer(z):
-        if len(z) not in known:
-            loss = nt_xent(z, TAU)
-            known[len(z)] = loss.item(), *torch.autograd.grad(loss, z)
-        return known[len(z)]
-
-    return answer
+FEW = ("ours", "eager", "compile", "mm")
+ALL = (
+    *("ours", "eager", "warm-eager", "compile", "row-blocks"),
+    *("lightly", "solo-learn", "pml-supcon", "inf-cl", "cce", "mm"),
+)
+# it takes memory in the cube of 2N: 2 GB at 512
+CUBIC = ("pml-ntxent",)
+# without a 2N x 2N matrix
+LEAN = ("ours", "row-blocks", "inf-cl", "cce")
 
 
-@pytest.mark.parametrize("rows", [1024, 4096, 16384])
-@pytest.mark.parametrize("what", PRODUCTS)
-@pytest.mark.parametrize("name", LOSSES)
-def test_time_of_the_loss(benchmark, answers, name, what, rows):
-    z = LossCase("", rows, FEATURES, TAU, "pairs").z().to(DEVICE).requires_grad_()
-    loss = LOSSES[name]
-    expected, expected_dz = answers(z)
-    actual = loss(z, TAU)
-    (dz,) = torch.autograd.grad(actual, z)
-    assert abs(actual.item() - expected) <= 1e-5 * expected
-    assert (dz - expected_dz).norm() <= 2e-5 * expected_dz.norm()
+class Case(NamedTuple):
+    size: Size
+    names: tuple[str, ...]
+    large: bool = False
 
-    def forward():
-        with torch.no_grad():
-            loss(z, TAU)
-        wait()
 
-    def forward_and_backward():
-        torch.autograd.grad(loss(z, TAU), z)
-        wait()
+CPU_CASES = (
+    Case(Size(512, 128, FLOAT32), ALL + CUBIC),
+    Case(Size(1024, 128, FLOAT32), ALL),
+    Case(Size(2048, 128, FLOAT32), ALL),
+    Case(Size(4096, 128, FLOAT32), ALL),
+    Case(Size(8192, 128, FLOAT32), ALL),
+    Case(Size(4096, 64, FLOAT32), FEW),
+    Case(Size(4096, 512, FLOAT32), FEW),
+    Case(Size(2048, 2048, FLOAT32), FEW),
+    Case(Size(16384, 128, FLOAT32), FEW),
+    Case(Size(16384, 2048, FLOAT32), FEW, large=True),
+    Case(Size(32768, 128, FLOAT32), ("ours", "row-blocks"), large=True),
+    Case(Size(65536, 128, FLOAT32), ("ours", "row-blocks"), large=True),
+)
+GPU_CASES = (
+    Case(Size(512, 128, BFLOAT16), ALL + CUBIC),
+    Case(Size(1024, 128, BFLOAT16), ALL),
+    Case(Size(4096, 128, BFLOAT16), ALL),
+    Case(Size(16384, 128, BFLOAT16), ALL),
+    Case(Size(65536, 128, BFLOAT16), ALL),
+    Case(Size(16384, 64, BFLOAT16), FEW),
+    Case(Size(16384, 256, BFLOAT16), FEW),
+    Case(Size(16384, 512, BFLOAT16), FEW),
+    Case(Size(8192, 2048, BFLOAT16), FEW),
+    Case(Size(65536, 2048, BFLOAT16), LEAN),
+    Case(Size(4096, 128, TF32), ALL),
+    Case(Size(16384, 128, TF32), ALL),
+    Case(Size(4096, 128, FLOAT32), FEW),
+    Case(Size(16384, 128, FLOAT32), FEW),
+)
+CASES = GPU_CASES if GPU else CPU_CASES
 
-    benchmark.group = f"{what}, {rows} rows"
-    benchmark.extra_info |= {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "flop": PRODUCTS[what] * 2 * rows * rows * FEATURES,
-    }
-    target = forward if what == "forward" else forward_and_backward
-    benchmark.pedantic(target, rounds=3 if rows > 10000 else 10, warmup_rounds=1)
+
+@pytest.mark.parametrize("what", WHAT, ids=("forward", "both"))
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, id="-".join(map(str, (*case.size, name))))
+        for case in CASES
+        for name in case.names
+    ],
+)
+def test_time_of_the_loss(cuda_benchmark, request, case, name, what):
+    if case.large and not request.config.getoption("large"):
+        pytest.skip("takes minutes: --large")
+    group = f"{what}, {case.size}"
+    asked = [
+        other.callspec.params["name"]
+        for other in request.session.items
+        if other.originalname == request.node.originalname
+        and other.callspec.params["case"] == case
+        and other.callspec.params["what"] == what
+    ]
+
+    def info(result, results):
+        record = measurement(name, result, case.size, what, DEVICE)
+        if yardstick := results.get("mm"):
+            product = measurement("mm", yardstick, case.size, what, DEVICE)
+            record["mm_gflops_per_second"] = product["gflops_per_second"]
+        return record
+
+    cuda_benchmark(group, name, lambda: loss_contenders(asked, case.size, what, DEVICE), info)

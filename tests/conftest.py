@@ -31,5 +31,5 @@ def pytest_runtest_setup(item):
 
 def pytest_collection_modifyitems(config, items):
     """Plain `pytest` runs no benchmark; `pytest --benchmark-only` runs nothing else."""
-    if not config.getoption("benchmark_only"):
-        items[:] = [item for item in items if not item.path.name.startswith("bench_")]
+    wanted = config.getoption("benchmark_only")
+    items[:] = [item for item in items if item.path.name.startswith("bench_") == wanted]
