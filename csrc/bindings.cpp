@@ -17,7 +17,7 @@ T* at(Address address) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Native CPU kernels of simclr_kernels. Addresses in: the callers in Python check them.";
+    m.doc() = "Native CPU kernels of simclr_kernels. They take addresses, which Python checks.";
     const auto release = py::call_guard<py::gil_scoped_release>();
 
     m.def("ntxent_instruction_sets", &simclr::ntxent_instruction_sets);

@@ -19,6 +19,9 @@ struct NtxentInput {
     std::int64_t first = 0, count = 0;  // the rows asked for, whole groups
     const float* negatives = nullptr;   // (extra, features), columns of every row
     std::int64_t extra = 0;
+
+    // |logit| is known to fit float32 powers of two without a running maximum
+    bool bounded() const { return normalize && tau >= 0.0128; }
 };
 
 // mass 2^top is the sum of exp(logit) over the negatives of each of `count` rows. metrics

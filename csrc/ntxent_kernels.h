@@ -31,7 +31,7 @@ struct Problem {
     std::int64_t block_rows;       // 32, 64 or 128
     std::int64_t stride;           // of the transposed copy of a block
     bool normalize;
-    bool bounded;       // |logit| is known to fit exp2 without a running maximum
+    bool bounded;       // see NtxentInput
     bool with_metrics;  // forward
     float scale;        // similarity -> logit in base 2
     float shift;        // bounded: 2^(logit - shift) is the term of the sums; otherwise 0
@@ -64,7 +64,7 @@ struct Kernels {
     // s of two rows. Between close unit rows through their difference, which keeps its digits.
     double (*similarity)(const float* a, const float* b, Norm norm_a, Norm norm_b,
                          std::int64_t features);
-    // writes rows.transposed and rows.panels of `rows` rows of source, and norms (block_rows,)
+    // writes both copies of a block of `rows` rows of source (see Block), and norms (block_rows,)
     void (*pack)(const Problem&, const float* source, std::int64_t rows, float* transposed,
                  float* panels, Norm* norms);
     // adds the columns b to the sums of the rows a and, if both_sides, the other way round
@@ -83,5 +83,8 @@ struct Kernels {
 extern const Kernels ntxent_avx512, ntxent_avx2;
 #endif
 extern const Kernels ntxent_portable;
+
+// The one in use.
+const Kernels& ntxent_kernels();
 
 }  // namespace simclr

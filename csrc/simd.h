@@ -16,6 +16,7 @@ constexpr int FLOATS = SIMD_FLOATS;
 
 typedef float Vec __attribute__((vector_size(4 * SIMD_FLOATS)));
 typedef std::int32_t IntVec __attribute__((vector_size(4 * SIMD_FLOATS)));
+typedef std::uint32_t BitsVec __attribute__((vector_size(4 * SIMD_FLOATS)));
 typedef float UnalignedVec __attribute__((vector_size(4 * SIMD_FLOATS), aligned(4), may_alias));
 
 SIMD_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -92,7 +93,7 @@ SIMD_INLINE Vec exp2_in_range(Vec x) {
     y = y * f + 0.693146967f;
     y = y * f + 1.00000007f;
     // a product, not a sum of bits, keeps NaN
-    return y * (Vec)(((IntVec)rounded << 23) + (127 << 23));
+    return y * (Vec)(((BitsVec)rounded << 23) + (127u << 23));
 }
 
 // The same, and 0 below -126.
