@@ -157,7 +157,7 @@ def launches(target: str, call: Call) -> list[Launch]:
         ),
     ):
         if call.tau_on_device:
-            with mock.patch.object(ntxent_triton, "_tau_operand", lambda tau: tau):
+            with mock.patch.object(ntxent_triton, "_known", lambda tau: None):
                 call.launch()
         else:
             call.launch()

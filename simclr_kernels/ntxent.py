@@ -204,11 +204,11 @@ _library = torch.library.Library("simclr_kernels", "DEF")
 _library.define(
     "ntxent(Tensor z, Tensor tau, Tensor? negatives, str pairs, bool normalize, str reduction,"
     " str precision, bool with_metrics)"
-    " -> (Tensor loss, Tensor metrics, Tensor stats, Tensor unit, Tensor stretch)"
+    " -> (Tensor loss, Tensor metrics, Tensor stats, Tensor unit, Tensor lengths)"
 )
 _library.define(
     "ntxent_backward(Tensor dloss, Tensor z, Tensor tau, Tensor? negatives, Tensor stats,"
-    " Tensor unit, Tensor stretch, str pairs, bool normalize, str reduction, str precision)"
+    " Tensor unit, Tensor lengths, str pairs, bool normalize, str reduction, str precision)"
     " -> (Tensor dz, Tensor dtau)"
 )
 forward_op = torch.ops.simclr_kernels.ntxent.default
@@ -274,7 +274,7 @@ def _forward_rows(z, tau, negatives, pairs, normalize, reduction, precision, wit
 
 
 def _backward_rows(
-    dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+    dloss, z, tau, negatives, stats, unit, lengths, pairs, normalize, reduction, precision
 ):
     check(z, negatives, pairs, reduction)
     rows = z.shape[0]
@@ -299,14 +299,14 @@ def _forward_cuda(z, tau, negatives, pairs, normalize, reduction, *rest):
 
 
 def _backward_cuda(
-    dloss, z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+    dloss, z, tau, negatives, stats, unit, lengths, pairs, normalize, reduction, precision
 ):
-    operands = z, tau, negatives, stats, unit, stretch, pairs, normalize, reduction, precision
+    operands = z, tau, negatives, stats, unit, lengths, pairs, normalize, reduction, precision
     if z.dtype == torch.float64:
         return _backward_rows(dloss, *operands)
     check(z, negatives, pairs, reduction)
     kernels = _triton_kernels()
-    _check_kept(dloss, z, reduction, (stats, unit, stretch), kernels.kept_shapes(*z.shape))
+    _check_kept(dloss, z, reduction, (stats, unit, lengths), kernels.kept_shapes(*z.shape))
     with torch.cuda.device(z.device):
         return kernels.backward(dloss, *operands)
 
@@ -323,13 +323,13 @@ for _key, _forward, _backward in (
 def _fake_forward(z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
     check(z, negatives, pairs, reduction)
     rows, features = z.shape
-    stats, unit, stretch = (3, rows), (0,), (0,)
+    stats, unit, lengths = (3, rows), (0,), (0,)
     if z.device.type == "cuda" and z.dtype != torch.float64:
-        stats, unit, stretch = _triton_kernels().kept_shapes(rows, features)
+        stats, unit, lengths = _triton_kernels().kept_shapes(rows, features)
     kept = z.new_empty(stats, dtype=row_dtype(z))
     loss = kept.new_empty(rows if reduction == "none" else ())
     metrics = kept.new_empty(3, rows if with_metrics else 0)
-    return loss, metrics, kept, z.new_empty(unit), kept.new_empty(stretch)
+    return loss, metrics, kept, z.new_empty(unit), kept.new_empty(lengths)
 
 
 @torch.library.register_fake("simclr_kernels::ntxent_backward", lib=_library)

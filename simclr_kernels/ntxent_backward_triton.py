@@ -28,10 +28,9 @@ from torch import Tensor
 from simclr_kernels.ntxent_finish_triton import Rates, launch_finish
 from simclr_kernels.ntxent_products_triton import launch_products
 from simclr_kernels.ntxent_rows_triton import (
-    LOG2E,
     Batch,
-    inverse_tau,
     load_tile,
+    logits_per_similarity,
     other_tile,
     own_tiles,
 )
@@ -155,10 +154,10 @@ def _ntxent_bwd_kernel(
     inside = first + offs_m < count
     image = first_image + first
     row_m = view * padded + image
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    c = logits_per_similarity(tau, TAU_ON_DEVICE)
     # fmt: off
     scale, rate_m, offset_m, bounded = row_operands(
-        stretch_ptr, rates_ptr, row_m, inside, 2 * padded, inv_tau, exponent,
+        stretch_ptr, rates_ptr, row_m, inside, 2 * padded, c, exponent,
         LOGITS, ROUNDED, BLOCK_M
     )
     # fmt: on
@@ -182,7 +181,7 @@ def _ntxent_bwd_kernel(
     tl.store(sum_w_ptr + offs, sum_w)
     if EXTRA:
         # the similarities in it lack the stretch of the row itself
-        extra_along *= scale / (inv_tau * LOG2E) * tl.exp2(-exponent)
+        extra_along *= scale / c * tl.exp2(-exponent)
         tl.store(extra_along_ptr + row, extra_along)
     if (tl.program_id(0) == 0) & (view == 0) & (part == 0):
         tl.store(arrived_ptr, 0)

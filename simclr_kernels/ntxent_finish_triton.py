@@ -17,13 +17,12 @@ from torch import Tensor
 from simclr_kernels.ntxent_rows_triton import (
     BOUNDED,
     LN2,
-    LOG2E,
     RUNNING,
     UNKNOWN,
     Batch,
     constant_top,
-    inverse_tau,
     is_bounded,
+    logits_per_similarity,
     row_blocks,
     source_row,
 )
@@ -62,7 +61,7 @@ def _log1p(x):
 @triton.jit
 def _combine_kernel(
     tau,
-    pos_ptr,  # (padded,) float32: logit of the positive
+    pos_ptr,  # (padded,) float32: logit of the positive in base 2
     top_ptr,  # (2 * padded,) float32: maximum of the negatives in base 2, unless bounded
     partial_ptr,  # (parts, 2 * padded) float32: sums of the negatives in units of 2^top
     loss_ptr,  # (2 * images,) float32 in source order, or () for their sum times scale: out
@@ -88,21 +87,21 @@ def _combine_kernel(
     view = row // padded
     image = row - view * padded
     inside = (row < rows) & (image < images)
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
-    top = tl.zeros((BLOCK,), tl.float32) + constant_top(inv_tau)
+    c = logits_per_similarity(tau, TAU_ON_DEVICE)
+    top = tl.zeros((BLOCK,), tl.float32) + constant_top(c)
     if LOGITS == RUNNING:
         top = tl.load(top_ptr + row, mask=inside, other=0.0)
     if LOGITS == UNKNOWN:
         running = tl.load(top_ptr + row, mask=inside, other=0.0)
-        top = tl.where(is_bounded(inv_tau), top, running)
-        parts = tl.where(is_bounded(inv_tau), parts, 1)
+        top = tl.where(is_bounded(c), top, running)
+        parts = tl.where(is_bounded(c), parts, 1)
     negatives = tl.zeros((BLOCK,), tl.float32)
     part_ptrs = partial_ptr + row
     for _ in range(0, parts):
         negatives += tl.load(part_ptrs, mask=inside, other=0.0)
         part_ptrs += rows
 
-    pos = tl.load(pos_ptr + image, mask=inside, other=0.0) * LOG2E
+    pos = tl.load(pos_ptr + image, mask=inside, other=0.0)
     excess = (top - pos + tl.log2(negatives)) * LN2
     # softplus; the comparison keeps NaN, and an excess of -inf (no negatives) gives 0
     grown = tl.exp(-tl.abs(excess))
@@ -112,7 +111,7 @@ def _combine_kernel(
         higher = tl.where(pos > top, pos, top)
         if LOGITS == UNKNOWN:
             # backward expects the constant, which the positive may exceed
-            higher = tl.where(is_bounded(inv_tau), top, higher)
+            higher = tl.where(is_bounded(c), top, higher)
         negatives *= tl.exp2(top - higher)
         top = higher
     total = negatives + tl.exp2(pos - top)
@@ -212,7 +211,7 @@ def _finish_kernel(
     for _ in range(0, parts):
         sum_w += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += tl.cast(stride, tl.int64) * (2 * WIDTH)
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    inv_tau = logits_per_similarity(tau, TAU_ON_DEVICE) * LN2
     scale *= tl.load(dloss_ptr)
 
     image += first_image

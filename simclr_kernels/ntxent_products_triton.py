@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from simclr_kernels.ntxent_finish_triton import Rates, launch_finish
-from simclr_kernels.ntxent_rows_triton import Batch, UnitRows, held_rows, inverse_tau, similarity
+from simclr_kernels.ntxent_rows_triton import (
+    Batch,
+    UnitRows,
+    held_rows,
+    logits_per_similarity,
+    similarity,
+)
 from simclr_kernels.ntxent_tile_table import PADDING, Tiles
 from simclr_kernels.ntxent_weights_triton import row_operands, weights
 
@@ -60,10 +66,10 @@ def _ntxent_weights_kernel(
         z_m, unit_ptr, row_m, columns_ptr, row_n, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
     )
     # fmt: on
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    c = logits_per_similarity(tau, TAU_ON_DEVICE)
     # fmt: off
     scale, rate_m, offset_m, bounded = row_operands(
-        stretch_ptr, rates_ptr, row_m, inside, 2 * padded, inv_tau, exponent,
+        stretch_ptr, rates_ptr, row_m, inside, 2 * padded, c, exponent,
         LOGITS, ROUNDED, BLOCK_M
     )
     # fmt: on

@@ -29,12 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from simclr_kernels.ntxent_tile_table import PADDING, TABLES, Tiles, architecture_of, choose
+from simclr_kernels.ntxent_tiles import SMALLEST_BOUNDED_TAU
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NORM_FLOOR = tl.constexpr(1e-12)
 
-SMALLEST_BOUNDED_TAU = tl.constexpr(0.0128)
+LARGEST_BOUNDED = tl.constexpr(LOG2E.value / SMALLEST_BOUNDED_TAU)
 
 # what is known of the logits when a kernel is launched: that one constant is no less than any of
 # them, and near enough; that a running maximum is needed; or neither, since tau is on the device
@@ -51,25 +52,27 @@ def source_row(image, view, half):
 
 
 @triton.jit
-def inverse_tau(tau, TAU_ON_DEVICE: tl.constexpr):
-    """1 / tau, NaN unless tau > 0: the device cannot raise. tau is a number or points to one."""
+def logits_per_similarity(tau, TAU_ON_DEVICE: tl.constexpr):
+    """c = log2(e) / tau, NaN unless tau > 0: the device cannot raise. tau is a number or a pointer.
+
+    All logits are c s, in base 2, of this one c: its rounding is that of tau.
+    """
     if TAU_ON_DEVICE:
         tau = tl.load(tau).to(tl.float32)
-    return tl.where(tau > 0, 1.0 / tau, float("nan"))
+    return tl.where(tau > 0, LOG2E / tau, float("nan"))
 
 
 @triton.jit
-def is_bounded(inv_tau):
+def is_bounded(c):
     """Whether the constant maximum holds, where only the device knows tau; so does NaN."""
-    return (inv_tau <= 1.0 / SMALLEST_BOUNDED_TAU) | (inv_tau != inv_tau)
+    return (c <= LARGEST_BOUNDED) | (c != c)
 
 
 @triton.jit
-def constant_top(inv_tau):
+def constant_top(c):
     """The constant maximum of bounded logits, in base 2."""
     # as a comparison, so that NaN stays
-    over = inv_tau * LOG2E - 100.0
-    return tl.where(over < 0.0, 0.0, over)
+    return tl.where(c < 100.0, 0.0, c - 100.0)
 
 
 @triton.jit
@@ -193,7 +196,7 @@ def _unit_rows_kernel(
     unit_ptr,  # (VIEWS * padded, WIDTH) in the dtype of z, out
     stretch_ptr,  # (VIEWS * padded,) float32, out: |row| / |row as rounded in unit|
     inv_norm_ptr,  # (VIEWS * padded,) float32, out: 1 / |z|; negative where not projected
-    pos_ptr,  # (padded,) float32, out: logit of the positive, with two views
+    pos_ptr,  # (padded,) float32, out: logit of the positive in base 2, with two views
     arrived_ptr,  # () int32, out: 0
     images,
     padded,
@@ -233,7 +236,7 @@ def _unit_rows_kernel(
         gap = own - other
         close = (own_projected * other_projected > 0) & (s > 0.5)
         s = tl.where(close, 1.0 - 0.5 * tl.sum(gap * gap, 1), s)
-        tl.store(pos_ptr + image, s * inverse_tau(tau, TAU_ON_DEVICE), mask=stored)
+        tl.store(pos_ptr + image, s * logits_per_similarity(tau, TAU_ON_DEVICE), mask=stored)
         if tl.program_id(0) == 0:
             tl.store(arrived_ptr, 0)
 
@@ -301,6 +304,7 @@ def row_blocks(width: int) -> tuple[int, int]:
 
 def padded_width(features: int) -> int:
     """Features of a padded row: from 16 up to 256 a power of two, else a multiple of 64."""
+    features = int(features)
     return max(16, triton.next_power_of_2(features)) if features <= 256 else -(-features // 64) * 64
 
 

@@ -15,13 +15,12 @@ from torch import Tensor
 from simclr_kernels.ntxent_rows_triton import (
     BOUNDED,
     LN2,
-    LOG2E,
     UNKNOWN,
     Batch,
     constant_top,
     held_rows,
-    inverse_tau,
     is_bounded,
+    logits_per_similarity,
     other_tile,
     own_tiles,
     similarity,
@@ -58,7 +57,7 @@ def _ntxent_fwd_rows_kernel(
     extra_ptr,  # (extra_padded, WIDTH) unit rows of further negatives, if EXTRA
     extra_stretch_ptr,
     tau,
-    pos_ptr,  # (padded,) float32
+    pos_ptr,  # (padded,) float32: in base 2
     top_ptr,  # (2 * padded,) float32, out: the maximum m of each row asked for
     mass_ptr,  # (2 * padded,) float32, out: sum of 2^(logit - m)
     metrics_ptr,  # (3, 2 * count) float32, out if METRICS: positive, largest, entropy, in nats
@@ -81,10 +80,10 @@ def _ntxent_fwd_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program sums the negatives of BLOCK_M rows of one view over all columns."""
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    c = logits_per_similarity(tau, TAU_ON_DEVICE)
     fixed = False
     if LOGITS == UNKNOWN:
-        fixed = is_bounded(inv_tau)
+        fixed = is_bounded(c)
         if not ALONE:
             if fixed:
                 return
@@ -97,10 +96,10 @@ def _ntxent_fwd_rows_kernel(
     inside = first + offs_m < count
     row_m = view * padded + first_image + first
     z_m = held_rows(unit_ptr, row_m, WIDTH, BLOCK_M, BLOCK_D)
-    scale = tl.zeros((BLOCK_M,), tl.float32) + inv_tau * LOG2E
+    scale = tl.zeros((BLOCK_M,), tl.float32) + c
     if ROUNDED:
         scale *= tl.load(stretch_ptr + row_m + offs_m, mask=inside, other=0.0)
-    top = tl.zeros((BLOCK_M,), tl.float32) + constant_top(inv_tau)
+    top = tl.zeros((BLOCK_M,), tl.float32) + constant_top(c)
     if RUNNING_TOP:
         top = tl.where(fixed, top, float("-inf"))
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -163,7 +162,7 @@ def _ntxent_fwd_rows_kernel(
     tl.store(top_ptr + row_m + offs_m, top, mask=inside)
     tl.store(mass_ptr + row_m + offs_m, total, mask=inside)
     if METRICS:
-        pos = tl.load(pos_ptr + image_m, mask=inside, other=0.0) * LOG2E
+        pos = tl.load(pos_ptr + image_m, mask=inside, other=0.0)
         higher = tl.maximum(top, pos)
         total *= tl.exp2(top - higher)
         moment *= tl.exp2(top - higher)

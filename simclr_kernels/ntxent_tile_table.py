@@ -131,14 +131,14 @@ for _kernel, _choices in _GFX942._asdict().items():
 TABLES["gfx942"] = _GFX942
 
 # small, so that few rows make many tiles
-INTERPRETED = Tiles(16, 32, 16, 4, 1)
-_INTERPRETED_WHOLE = INTERPRETED._replace(BLOCK_D=WHOLE)
+_SMALL = Tiles(16, 32, 64, 4, 1)
+_SMALL_WHOLE = (128, _SMALL._replace(BLOCK_D=WHOLE))
 _EVERY_KIND = ("half", "tf32", "ieee")
 TABLES["interpreter"] = Table(
-    triangle={kind: [(64, _INTERPRETED_WHOLE), (ANY, INTERPRETED)] for kind in _EVERY_KIND},
-    rows={kind: [(ANY, INTERPRETED)] for kind in _EVERY_KIND},
-    backward={kind: [(128, _INTERPRETED_WHOLE)] for kind in _EVERY_KIND},
-    weights={kind: [(ANY, INTERPRETED)] for kind in _EVERY_KIND},
+    triangle={kind: [_SMALL_WHOLE, (ANY, _SMALL)] for kind in _EVERY_KIND},
+    rows={kind: [_SMALL_WHOLE, (ANY, _SMALL)] for kind in _EVERY_KIND},
+    backward={kind: [_SMALL_WHOLE] for kind in _EVERY_KIND},
+    weights={kind: [(ANY, _SMALL)] for kind in _EVERY_KIND},
 )
 
 

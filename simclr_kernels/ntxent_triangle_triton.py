@@ -24,14 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from simclr_kernels.ntxent_rows_triton import (
-    LOG2E,
     UNKNOWN,
     Batch,
     constant_top,
     held_rows,
-    inverse_tau,
     is_bounded,
     load_tile,
+    logits_per_similarity,
     similarity,
 )
 
@@ -127,9 +126,9 @@ def _ntxent_fwd_triangle_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program sweeps one rectangle of the triangle of blocks: see the module."""
-    inv_tau = inverse_tau(tau, TAU_ON_DEVICE)
+    c = logits_per_similarity(tau, TAU_ON_DEVICE)
     if LOGITS == UNKNOWN:
-        if not is_bounded(inv_tau):
+        if not is_bounded(c):
             return
     # row y of the triangle and the row as far from its end fill one row of the grid
     x, y = tl.program_id(0), tl.program_id(1)
@@ -145,8 +144,7 @@ def _ntxent_fwd_triangle_kernel(
     first_n, last_n = view_n * padded + image_n, view_n * padded + last_n
     row_sums_ptr = partial_ptr + tl.cast(block_n, tl.int64) * (2 * padded)
     column_sums_ptr = partial_ptr + tl.cast(block_m, tl.int64) * (2 * padded)
-    c = inv_tau * LOG2E
-    top = constant_top(inv_tau)
+    top = constant_top(c)
     # a block with itself is swept whole, for its columns
     store_rows = block_m != block_n
     # fmt: off

@@ -23,7 +23,6 @@ from simclr_kernels.ntxent_finish_triton import launch_combine, launch_rates
 from simclr_kernels.ntxent_rows_triton import (
     BOUNDED,
     RUNNING,
-    SMALLEST_BOUNDED_TAU,
     UNKNOWN,
     Batch,
     UnitRows,
@@ -34,6 +33,7 @@ from simclr_kernels.ntxent_rows_triton import (
 )
 from simclr_kernels.ntxent_sums_triton import launch_rows
 from simclr_kernels.ntxent_tile_table import PADDING
+from simclr_kernels.ntxent_tiles import is_bounded
 from simclr_kernels.ntxent_triangle_triton import launch_triangle
 
 
@@ -43,17 +43,9 @@ def kept_shapes(rows: int, features: int) -> tuple[tuple[int, int], ...]:
     return (3, padded), (padded + PADDING, padded_width(features)), (2, padded + PADDING)
 
 
-def _tau_operand(tau: Tensor) -> float | Tensor:
-    """A number, or on the device a tensor, which is not read: that would wait for it."""
-    return tau.item() if tau.device.type == "cpu" else tau.detach()
-
-
-def _logits(tau: float | Tensor, normalize: bool) -> int:
-    if not normalize:
-        return RUNNING.value
-    if isinstance(tau, Tensor):
-        return UNKNOWN.value
-    return BOUNDED.value if tau >= SMALLEST_BOUNDED_TAU.value else RUNNING.value
+def _known(tau: Tensor) -> float | None:
+    """tau, or None if it is on the device: to read it there would wait."""
+    return tau.item() if tau.device.type == "cpu" else None
 
 
 def _batch(
@@ -67,7 +59,14 @@ def _batch(
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Batch, Tensor]:
     """The operands of all launchers, and a counter of programs, 0 if the rows are not kept ones."""
-    z, tau = z.detach().contiguous(), _tau_operand(tau)
+    known_tau = _known(tau)
+    if known_tau is None:
+        tau = tau.detach()
+        logits = UNKNOWN.value if normalize else RUNNING.value
+    else:
+        logits = BOUNDED.value if is_bounded(tau, normalize) else RUNNING.value
+        tau = known_tau
+    z = z.detach().contiguous()
     rounded = is_rounded(z.dtype, precision)
     arrived = torch.empty((), dtype=torch.int32, device=z.device)
     if kept is None:
@@ -78,7 +77,6 @@ def _batch(
     if negatives is not None:
         negatives = negatives.detach().contiguous()
         extra, _ = launch_unit_rows(negatives, tau, 1, len(negatives), normalize, rounded)
-    logits = _logits(tau, normalize)
     batch = Batch(
         z, tau, logits, half, images.start, len(images), normalize, precision, rows, pos, extra
     )
@@ -133,6 +131,7 @@ def backward(
     half = _half(pairs, len(z))
     kept = (unit, lengths)
     batch, _ = _batch(z, tau, negatives, half, images, normalize, precision, kept)
+    dloss = dloss.detach().float().contiguous()
     dz, dtau = launch_backward(batch, launch_rates(batch, stats, dloss, reduction))
     return dz, _dtau(dtau, tau)
 
@@ -153,6 +152,7 @@ def negative_sums(
     count: int,
     normalize: bool,
     with_metrics: bool,
+    *,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(top (count,), mass (count,), metrics (3, count)) of rows [first, first + count).
@@ -174,7 +174,7 @@ def negative_sums(
 
 
 def finish_rows(
-    z: Tensor, tau: Tensor, top: Tensor, mass: Tensor, span: int, normalize: bool, precision: str
+    z: Tensor, tau: Tensor, top: Tensor, mass: Tensor, span: int, normalize: bool, *, precision: str
 ) -> tuple[Tensor, Tensor]:
     """(loss (M,), stats) of all M rows, from what negative_sums gave of each."""
     images = range(len(z) // 2)
@@ -197,6 +197,7 @@ def row_gradients(
     first: int,
     count: int,
     normalize: bool,
+    *,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(dz, dtau) of rows [first, first + count), for dloss (M,) of all rows."""

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from simclr_kernels.ntxent_rows_triton import (
     BOUNDED,
-    LOG2E,
     UNKNOWN,
     constant_top,
     is_bounded,
@@ -26,7 +25,7 @@ def row_operands(
     row_m,
     inside,
     rows,
-    inv_tau,
+    c,
     exponent,
     LOGITS: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -34,18 +33,18 @@ def row_operands(
 ):
     """(scale, rate, offset) of rows [row_m, row_m + BLOCK_M), and whether logits are bounded."""
     at = row_m + tl.arange(0, BLOCK_M)
-    scale = tl.zeros((BLOCK_M,), tl.float32) + inv_tau * LOG2E
+    scale = tl.zeros((BLOCK_M,), tl.float32) + c
     if ROUNDED:
         scale *= tl.load(stretch_ptr + at, mask=inside, other=0.0)
     rate_m = tl.load(rates_ptr + at, mask=inside, other=0.0)
     if LOGITS == BOUNDED:
-        top_m = tl.zeros((BLOCK_M,), tl.float32) + constant_top(inv_tau)
+        top_m = tl.zeros((BLOCK_M,), tl.float32) + constant_top(c)
         bounded = True
     else:
         top_m = tl.load(rates_ptr + rows + at, mask=inside, other=0.0)
         bounded = False
         if LOGITS == UNKNOWN:
-            bounded = is_bounded(inv_tau)
+            bounded = is_bounded(c)
     return scale, rate_m, top_m - exponent, bounded
 
 

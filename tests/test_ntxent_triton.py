@@ -1,4 +1,7 @@
-"""The GPU kernels of the loss: in Triton's interpreter, compiled for real targets, or on a GPU."""
+"""The GPU kernels of the loss: in Triton's interpreter, or on a GPU.
+
+Their machine code for real GPUs is the matter of test_codegen.py.
+"""
 
 import math
 
@@ -7,14 +10,22 @@ import torch
 
 pytest.importorskip("triton")
 
-from simclr_kernels import ntxent_triton
+from simclr_kernels import (
+    ntxent_backward_triton,
+    ntxent_products_triton,
+    ntxent_tiles,
+    ntxent_triangle_triton,
+    ntxent_triton,
+)
 from simclr_kernels.ntxent import fused_nt_xent
-from simclr_kernels.reference import nt_xent
+from simclr_kernels.reference import nt_xent, nt_xent_metrics
 from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# exp2 and log2 of a GPU are approximate: a few roundings more than torch's own
+SLACK = 4.0 if DEVICE == "cuda" else 2.0
 
-# numpy's matrix product in the interpreter sets floating-point flags for lanes it does not use
+# numpy in the interpreter sets floating-point flags for lanes it does not use
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
@@ -26,43 +37,94 @@ def fresh_memory_holds_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def tau_on_device(monkeypatch):
+    """What the launchers do with a temperature that only the device knows, on CPU tensors too."""
+    monkeypatch.setattr(ntxent_triton, "_known", lambda tau: None)
+
+
 def upstream_of(rows):
     return torch.randn(rows, generator=torch.Generator().manual_seed(1))
 
 
-def by_kernels(z, tau, pairs="halves", normalize=True, precision="ieee"):
-    """Losses of the rows, and gradients in z and tau, from the kernels themselves."""
+def by_kernels(
+    z, tau, pairs="halves", normalize=True, precision="ieee", reduction="none", negatives=None
+):
+    """The loss, and gradients in z and tau, from the kernels themselves."""
     z, tau = z.to(DEVICE), torch.tensor(tau)
-    # on a GPU a tensor there would always take the running maximum
-    loss, *kept = ntxent_triton.forward(z, tau, pairs, normalize, precision)
-    upstream = upstream_of(len(z)).to(DEVICE)
-    dz, dtau = ntxent_triton.backward(upstream, z, tau, *kept, pairs, normalize, precision)
-    return loss, dz, dtau
+    negatives = None if negatives is None else negatives.to(DEVICE)
+    layout = (pairs, normalize, reduction, precision)
+    loss, _, *kept = ntxent_triton.forward(z, tau, negatives, *layout, False)
+    dloss = upstream_of(len(z)) if reduction == "none" else torch.tensor(1.5)
+    return loss, *ntxent_triton.backward(dloss.to(DEVICE), z, tau, negatives, *kept, *layout)
 
 
-def by_reference(z, tau, **kwargs):
+def by_reference(z, tau, reduction="none", **kwargs):
     z = z.detach().clone().requires_grad_()
     tau = torch.tensor(tau, dtype=z.dtype if z.dtype == torch.float64 else torch.float32)
     tau.requires_grad_()
-    loss = nt_xent(z, tau, reduction="none", **kwargs)
-    loss.backward(upstream_of(len(z)).to(loss))
+    loss = nt_xent(z, tau, reduction=reduction, **kwargs)
+    loss.backward((upstream_of(len(z)) if reduction == "none" else torch.tensor(1.5)).to(loss))
     return loss.detach(), z.grad, tau.grad
+
+
+def size_of_dtau_terms(loss, dloss, tau):
+    """Of the sum over rows that the gradient in tau is, and that cancels."""
+    return (dloss.double().abs() * (loss.double() + 1)).sum() / tau
+
+
+def assert_close_to_the_reference(z, tau, negatives=None, **kwargs):
+    """Loss and gradient as accurate as torch's; the gradient in tau if the kernels return it."""
+    loss, dz, dtau = by_kernels(z, tau, negatives=negatives, **kwargs)
+    kwargs.pop("precision", None)
+    same_dtype = by_reference(z, tau, negatives=negatives, **kwargs)
+    exact = None if negatives is None else negatives.double()
+    truth = by_reference(z.double(), tau, negatives=exact, **kwargs)
+    if tau < 0.01:
+        # a logit of 200 is rounded by 1e-5 before its exponential is taken
+        assert (loss.cpu() - truth[0]).norm() <= 5e-5 * truth[0].norm()
+        assert (dz.cpu() - truth[1]).norm() <= 2e-5 * truth[1].norm()
+    else:
+        assert_as_accurate_as(loss, same_dtype[0], truth[0], SLACK)
+        if z.shape[1] > 1:
+            assert_as_accurate_as(dz, same_dtype[1], truth[1], SLACK)
+    if not dtau.isnan():
+        each = kwargs.get("reduction", "none") == "none"
+        dloss = upstream_of(len(z)) if each else torch.tensor(1.5)
+        allowed = 2e-6 * size_of_dtau_terms(truth[0], dloss, tau)
+        assert (dtau.cpu() - truth[2]).abs() <= allowed
 
 
 @pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.regime)
 def test_loss_and_gradients_are_as_accurate_as_those_of_the_reference(case):
-    z = case.z()
-    loss, dz, dtau = by_kernels(z, case.tau)
-    same_dtype = by_reference(z, case.tau)
-    truth = by_reference(z.double(), case.tau)
-    # exp2 and log2 of a GPU are approximate: a few roundings more than torch's own
-    slack = 4.0 if DEVICE == "cuda" else 2.0
-    assert_as_accurate_as(loss, same_dtype[0], truth[0], slack)
-    if case.features > 1:
-        assert_as_accurate_as(dz, same_dtype[1], truth[1], slack)
-    if DEVICE == "cpu":
-        # a sum that cancels: held against the size of what it sums
-        assert (dtau - truth[2]).abs() <= 3e-6 * (truth[0].norm() + 1) / case.tau
+    assert_close_to_the_reference(case.z(), case.tau)
+
+
+@pytest.mark.parametrize("rows", [2, 130])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_sum_over_rows_is_taken_by_the_kernels(rows, reduction):
+    z = LossCase("", rows, 33, 0.1, "pairs").z()
+    assert_close_to_the_reference(z, 0.1, reduction=reduction)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.0129, 0.012, 0.005])
+@pytest.mark.parametrize("rows", [2, 34, 130])
+def test_a_temperature_on_the_device_takes_the_path_that_it_needs(rows, tau, tau_on_device):
+    z = LossCase("", rows, 33, tau, "pairs").z()
+    for reduction in ("none", "sum"):
+        assert_close_to_the_reference(z, tau, reduction=reduction)
+    loss, dz, dtau = by_kernels(z, tau)
+    assert not dtau.isnan()
+
+
+def test_paths_of_a_temperature_on_the_device_give_the_bits_of_a_known_one(tau_on_device):
+    for tau in (0.1, 0.005):
+        z = LossCase("", 130, 33, tau, "pairs").z()
+        loss, dz, _ = by_kernels(z, tau)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ntxent_triton, "_known", lambda tau: tau.item())
+            known = by_kernels(z, tau)
+        assert torch.equal(loss, known[0]) and torch.equal(dz, known[1])
 
 
 @pytest.mark.parametrize(
@@ -97,15 +159,115 @@ def test_collapsed_rows_have_no_gradient_but_rounding():
     ("pairs", "normalize", "tau"),
     [("interleaved", True, 0.1), ("interleaved", False, 0.5), ("halves", False, 0.05)],
 )
-def test_other_pairings_and_plain_dot_products(pairs, normalize, tau):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_other_pairings_and_plain_dot_products(pairs, normalize, tau, reduction, tau_on_device):
     z = LossCase("", 34, 33, tau).z() / 5
-    kwargs = {"pairs": pairs, "normalize": normalize}
-    same_dtype = by_reference(z, tau, **kwargs)
-    truth = by_reference(z.double(), tau, **kwargs)
-    loss, dz, _ = by_kernels(z, tau, **kwargs)
-    slack = 4.0 if DEVICE == "cuda" else 2.0
-    assert_as_accurate_as(loss, same_dtype[0], truth[0], slack)
-    assert_as_accurate_as(dz, same_dtype[1], truth[1], slack)
+    assert_close_to_the_reference(z, tau, pairs=pairs, normalize=normalize, reduction=reduction)
+
+
+@pytest.mark.parametrize("rows", [6, 130])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_of_many_tiles_sum_their_rows_over_sweeps(rows, blocks, monkeypatch):
+    # each block then holds several tiles both ways
+    monkeypatch.setattr(ntxent_triangle_triton, "BLOCKS_OF_A_VIEW", blocks)
+    assert_close_to_the_reference(LossCase("", rows, 33, 0.1, "pairs").z(), 0.1)
+
+
+@pytest.mark.parametrize("features", [33, 130])
+def test_more_rows_than_one_padded_view(features):
+    assert_close_to_the_reference(LossCase("", 286, features, 0.1, "pairs").z(), 0.1)
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_parts_of_the_columns_change_nothing_but_rounding(programs, monkeypatch, tau_on_device):
+    monkeypatch.setattr(ntxent_backward_triton, "PROGRAMS", programs)
+    monkeypatch.setattr(ntxent_backward_triton, "FEWEST_TILES", 1)
+    negatives = LossCase("", 40, 33, 0.1).z(seed=7)
+    assert_close_to_the_reference(LossCase("", 70, 33, 0.1, "pairs").z(), 0.1, negatives=negatives)
+
+
+@pytest.mark.parametrize("weights_bytes", [1, 1 << 14])
+@pytest.mark.parametrize("negatives", [None, 40])
+def test_products_take_rows_in_blocks(weights_bytes, negatives, monkeypatch, tau_on_device):
+    monkeypatch.setattr(ntxent_products_triton, "WEIGHTS_BYTES", weights_bytes)
+    extra = None if negatives is None else LossCase("", negatives, 150, 0.1).z(seed=7)
+    for pairs in ("halves", "interleaved"):
+        z = LossCase("", 70, 150, 0.1, "pairs").z()
+        assert_close_to_the_reference(z, 0.1, negatives=extra, pairs=pairs)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("extras", [1, 32, 70])
+def test_negatives_count_in_every_row_and_twice_in_dtau(tau, normalize, extras, tau_on_device):
+    scale = 1.0 if normalize else 0.2 * tau**0.5
+    z = LossCase("", 34, 33, tau, "pairs").z() * scale
+    negatives = LossCase("", extras, 33, tau).z(seed=7) * scale if extras > 1 else z[:1] + 1
+    assert_close_to_the_reference(z, tau, negatives=negatives, normalize=normalize)
+    assert_close_to_the_reference(
+        z, tau, negatives=negatives, normalize=normalize, pairs="interleaved", reduction="mean"
+    )
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.005])
+@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
+@pytest.mark.parametrize("extras", [0, 40])
+def test_metrics_equal_those_of_row_blocks(tau, pairs, extras):
+    z = LossCase("", 70, 33, tau, "pairs").z()
+    negatives = LossCase("", extras, 33, tau).z(seed=7) if extras else None
+    layout = (pairs, True, "mean", "ieee")
+    on_device = [None if x is None else x.to(DEVICE) for x in (z, negatives)]
+    loss, metrics, *_ = ntxent_triton.forward(
+        on_device[0], torch.tensor(tau), on_device[1], *layout, True
+    )
+    exact = [None if x is None else x.double() for x in (z, negatives)]
+    span = 70 if pairs == "halves" else 2
+    *_, expected = ntxent_tiles.negative_sums(
+        exact[0], torch.tensor(tau), exact[1], span, 0, 70, True, True
+    )
+    torch.testing.assert_close(metrics.cpu().double(), expected, rtol=2e-5, atol=2e-5)
+    plain = ntxent_triton.forward(on_device[0], torch.tensor(tau), on_device[1], *layout, False)[0]
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    entropy = nt_xent_metrics(exact[0], tau, pairs=pairs, negatives=exact[1])[1]
+    assert metrics[2].mean().item() == pytest.approx(entropy.item(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+def test_the_rows_of_ranks_have_the_gradients_of_the_whole(ranks, pairs, tau, tau_on_device):
+    count = 26
+    local = [LossCase("", count, 33, tau, "pairs").z(seed=rank) for rank in range(ranks)]
+    z = torch.cat(local).to(DEVICE)
+    span = count if pairs == "halves" else 2
+    tau_tensor = torch.tensor(tau)
+    asked = [(rank * count, count) for rank in range(ranks)]
+    sums = [
+        ntxent_triton.negative_sums(z, tau_tensor, None, span, *rows, True, False, precision="ieee")
+        for rows in asked
+    ]
+    top, mass = (torch.cat([part[k] for part in sums]) for k in (0, 1))
+    loss, stats = ntxent_triton.finish_rows(z, tau_tensor, top, mass, span, True, precision="ieee")
+    dloss = upstream_of(len(z))
+    parts = [
+        ntxent_triton.row_gradients(
+            dloss.to(DEVICE), z, tau_tensor, None, stats, span, *rows, True, precision="ieee"
+        )
+        for rows in asked
+    ]
+    # the whole: all views 0, then all views 1
+    image = torch.arange(len(z)).view(-1, 2, span // 2).transpose(0, 1).reshape(-1)
+    exact = z.cpu().double()[image].requires_grad_()
+    exact_tau = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    truth = nt_xent(exact, exact_tau, reduction="none")
+    truth.backward(dloss.double()[image])
+    torch.testing.assert_close(loss.cpu().double()[image], truth.detach(), rtol=2e-5, atol=1e-6)
+    dz = torch.cat([part[0] for part in parts]).cpu().double()[image]
+    bound = 2e-5 if tau > 0.01 else 1e-4
+    assert (dz - exact.grad).norm() <= bound * exact.grad.norm()
+    dtau = sum(part[1].cpu().double() for part in parts)
+    allowed = 2e-6 * size_of_dtau_terms(truth.detach(), dloss[image], tau)
+    assert (dtau - exact_tau.grad).abs() <= allowed
 
 
 HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -142,12 +304,28 @@ def test_16_bit_rows_are_as_accurate_as_the_reference_in_16_bits(dtype, kind, ta
 @pytest.mark.parametrize(
     ("kind", "tau"), [("pairs", 0.1), ("tight", 0.1), ("tight", 0.5), ("duplicates", 0.1)]
 )
-def test_gradient_of_16_bit_rows_is_good_to_two_roundings(dtype, kind, tau):
-    # the rounded rows of a close pair differ by little but rounding
-    z = LossCase("", 256, 128, tau, kind).z().to(dtype)
+@pytest.mark.parametrize("features", [128, 150])
+def test_gradient_of_16_bit_rows_is_good_to_two_roundings(dtype, kind, tau, features):
+    # the rounded rows of a close pair differ by little but rounding; 150 go through products
+    z = LossCase("", 256, features, tau, kind).z().to(dtype)
     dz = by_kernels(z, tau)[1].cpu()
     truth = by_reference(z.double(), tau)[1]
     assert (dz - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
+
+
+def test_weights_of_16384_rows_do_not_vanish_in_float16():
+    # a weight there is 2^-13 of those here, where the upstream gradient makes up for it
+    z = LossCase("", 66, 33, 0.5).z().half()
+    dloss = upstream_of(66) * 2.0**-13
+    layout = ("halves", True, "none", "ieee")
+    loss, _, *kept = ntxent_triton.forward(z.to(DEVICE), torch.tensor(0.5), None, *layout, False)
+    small, plain = (
+        ntxent_triton.backward(g.to(DEVICE), z.to(DEVICE), torch.tensor(0.5), None, *kept, *layout)
+        for g in (dloss, dloss * 2.0**13)
+    )
+    # what rounds to zero in the gradient itself is below half of float16's smallest number
+    gap = (small[0].float() - plain[0].float() * 2.0**-13).abs()
+    assert gap.max() <= 2.0**-25
 
 
 @pytest.mark.parametrize(
@@ -171,30 +349,37 @@ def test_identical_rows_lose_the_log_of_the_number_of_candidates(dtype, precisio
 
 
 @pytest.mark.parametrize("size", [1e-35, 1e-8, 1e30])
-def test_upstream_gradient_of_any_size_keeps_its_digits(size):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_upstream_gradient_of_any_size_keeps_its_digits(size, reduction):
     z = LossCase("", 34, 16, 0.1).z().to(DEVICE)
     tau = torch.tensor(0.1)
-    loss, *kept = ntxent_triton.forward(z, tau, "halves", True, "ieee")
+    layout = ("halves", True, reduction, "ieee")
+    loss, _, *kept = ntxent_triton.forward(z, tau, None, *layout, False)
     plain, scaled = (
-        ntxent_triton.backward(loss * k, z, tau, *kept, "halves", True, "ieee")[0].double() / k
+        ntxent_triton.backward(loss * k, z, tau, None, *kept, *layout)[0].double() / k
         for k in (1.0, size)
     )
     assert (plain - scaled).norm() <= 1e-6 * plain.norm()
 
 
-def test_an_upstream_gradient_of_zero_gives_zero():
+def test_an_upstream_gradient_of_zero_gives_zero(tau_on_device):
     z = LossCase("", 34, 16, 0.1).z().to(DEVICE)
-    tau = torch.tensor(0.1)
-    loss, *kept = ntxent_triton.forward(z, tau, "halves", True, "ieee")
-    dz, dtau = ntxent_triton.backward(0 * loss, z, tau, *kept, "halves", True, "ieee")
-    assert (dz == 0).all() and (DEVICE == "cuda" or dtau == 0)
+    tau = torch.tensor(0.1, device=DEVICE)
+    for reduction in ("none", "mean"):
+        layout = ("halves", True, reduction, "ieee")
+        loss, _, *kept = ntxent_triton.forward(z, tau, None, *layout, False)
+        dz, dtau = ntxent_triton.backward(0 * loss, z, tau, None, *kept, *layout)
+        assert (dz == 0).all() and dtau == 0
 
 
 @pytest.mark.parametrize(("tau", "precision"), [(0.5, "ieee"), (0.005, "ieee"), (0.5, "tf32")])
-def test_nan_in_gives_nan_out(tau, precision):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_in_give_nan_out(tau, precision, value):
     z = LossCase("", 34, 16, tau).z()
-    # the NaN of a GPU, every bit but the sign
-    z[4, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    z[4, 2] = value
+    if math.isnan(value):
+        # the NaN of a GPU, every bit but the sign
+        z[4, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     loss, dz, _ = by_kernels(z, tau, precision=precision)
     assert loss.isnan().all() and dz.isnan().all()
 
@@ -210,11 +395,23 @@ def test_zero_and_tiny_rows_have_the_gradient_of_the_reference(precision, bound)
     assert ((dz - truth).norm(dim=1) <= bound * truth.norm(dim=1)).all()
 
 
-def test_a_temperature_that_is_not_positive_gives_nan():
+def test_a_temperature_that_is_not_positive_gives_nan(tau_on_device):
     z = LossCase("", 6, 16, 0.1).z().to(DEVICE)
     for tau in (-0.1, 0.0):
-        loss, *_ = ntxent_triton.forward(z, torch.tensor(tau), "halves", True, "ieee")
+        loss, *_ = ntxent_triton.forward(
+            z, torch.tensor(tau, device=DEVICE), None, "halves", True, "none", "ieee", False
+        )
         assert loss.isnan().all()
+
+
+def test_what_is_kept_has_the_shapes_that_are_promised():
+    for rows, features in ((2, 1), (130, 33), (258, 300)):
+        z = torch.zeros(rows, features, device=DEVICE)
+        kept = ntxent_triton.forward(
+            z, torch.tensor(0.5), None, "halves", True, "mean", "ieee", False
+        )[2:]
+        shapes = ntxent_triton.kept_shapes(rows, features)
+        assert [tuple(x.shape) for x in kept] == list(shapes)
 
 
 @pytest.mark.gpu
