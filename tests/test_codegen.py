@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 from machine_code_excerpts import sass
 from triton.runtime.jit import JITFunction
 
