@@ -29,8 +29,8 @@ inline std::int64_t round_up(std::int64_t x, std::int64_t step) {
     return (x + step - 1) / step * step;
 }
 
-// Memory of the one call that runs on this thread. Not initialised, and the first MiB is kept for
-// the next call: for a small batch, zeroing it, or page faults on memory that went back to the
+// Memory of the one call that runs on this thread. Not initialised, and the first 2 MiB are kept
+// for the next call: for a small batch, zeroing it, or page faults on memory that went back to the
 // system, cost as much as the loss.
 class Memory {
    public:
@@ -58,7 +58,7 @@ class Memory {
         void operator()(char* p) const { std::free(p); }
     };
     using Bytes = std::unique_ptr<char, Free>;
-    static constexpr std::int64_t KEPT_BYTES = 1 << 20;
+    static constexpr std::int64_t KEPT_BYTES = 2 << 20;
     static inline thread_local Bytes kept;
     std::vector<Bytes> held;
     std::int64_t left = KEPT_BYTES;

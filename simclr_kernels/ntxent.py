@@ -212,7 +212,7 @@ def _forward_cpu(z, tau, pairs, normalize, precision):
     span = len(z) if pairs == "halves" else 2
     top, mass, _ = ntxent_cpu.negative_sums(z, tau, None, span, 0, len(z), normalize, False)
     loss, stats = ntxent_cpu.finish_rows(z, tau, top, mass, span, normalize)
-    return loss, *stats
+    return loss, *(row.clone() for row in stats)  # outputs of an operator share no memory
 
 
 def _backward_cpu(dloss, z, tau, top, mass, negative_share, pairs, normalize, precision):
