@@ -63,10 +63,8 @@ void ntxent_negative_sums(const NtxentInput& in, float* top, float* mass, float*
     in_parallel(work.threads, [&](int thread) {
         work.pack(thread);
         work.meet_negatives(thread);
-        work.meet_rows(thread);
-        share(work.blocks, [&](std::int64_t b) {
-            const std::int64_t first = b * p.block_rows;
-            for (std::int64_t i = first; i < std::min(first + p.block_rows, in.count); ++i) {
+        work.meet_rows(thread, [&](const Block& a) {
+            for (std::int64_t i = a.first; i < a.first + a.rows; ++i) {
                 top[i] = p.bounded ? p.shift : p.sums.top[i];
                 mass[i] = float(p.sums.mass[i]);
                 if (metrics)
@@ -125,17 +123,11 @@ double ntxent_row_gradients(const NtxentInput& in, const float* stats, const flo
     p.along = memory.take<float>(in.count);
     in_parallel(work.threads, [&](int thread) {
         work.pack(thread);
-        share(work.blocks, [&](std::int64_t b) {
-            const Block a = work.block(b);
-            std::fill_n(dz + a.first * in.features, a.rows * in.features, 0.0f);
-            std::fill_n(p.along + a.first, a.rows, 0.0f);
-        });
         if (in.extra) {
             work.meet_negatives(thread);
             share(work.blocks, [&](std::int64_t b) { work.kernels.note_along(p, work.block(b)); });
         }
-        work.meet_rows(thread);
-        share(work.blocks, [&](std::int64_t b) { work.kernels.finish(p, work.block(b)); });
+        work.meet_rows(thread, [&](const Block& a) { work.kernels.finish(p, a); });
     });
     double total = 0.0;
     for (std::int64_t i = 0; i < in.count; ++i) total += p.along[i];

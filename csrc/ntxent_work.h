@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
@@ -29,8 +30,8 @@ inline std::int64_t round_up(std::int64_t x, std::int64_t step) {
     return (x + step - 1) / step * step;
 }
 
-// Memory of the one call that runs on this thread. Not initialised, and the first MiB is kept for
-// the next call: for a small batch, zeroing it, or page faults on memory that went back to the
+// Memory of the one call that runs on this thread. Not initialised, and the first 2 MiB are kept
+// for the next call: for a small batch, zeroing it, or page faults on memory that went back to the
 // system, cost as much as the loss.
 class Memory {
    public:
@@ -58,7 +59,7 @@ class Memory {
         void operator()(char* p) const { std::free(p); }
     };
     using Bytes = std::unique_ptr<char, Free>;
-    static constexpr std::int64_t KEPT_BYTES = 1 << 20;
+    static constexpr std::int64_t KEPT_BYTES = 2 << 20;
     static inline thread_local Bytes kept;
     std::vector<Bytes> held;
     std::int64_t left = KEPT_BYTES;
@@ -167,18 +168,20 @@ class Work {
                 panels + b * block_floats,
                 std::min(p.block_rows, in.count - first),
                 first,
-                top + first,
-                rate + first};
+                backward ? top + first : nullptr,
+                backward ? rate + first : nullptr};
     }
 
-    // In in_parallel: packs the rows asked for.
+    // In in_parallel: packs the rows asked for and clears their gradients.
     void pack(int thread) {
         share(blocks, [&](std::int64_t b) {
-            const std::int64_t first = b * p.block_rows;
-            kernels.pack(p, in.z + (in.first + first) * in.features,
-                         std::min(p.block_rows, in.count - first),
+            const Block a = block(b);
+            kernels.pack(p, in.z + (in.first + a.first) * in.features, a.rows,
                          transposed + b * p.padded_features * p.stride,
-                         panels + (backward ? b : thread) * block_floats, norms + first);
+                         panels + (backward ? b : thread) * block_floats, norms + a.first);
+            if (!backward) return;
+            std::fill_n(p.dz + a.first * in.features, a.rows * in.features, 0.0f);
+            std::fill_n(p.along + a.first, a.rows, 0.0f);
         });
     }
 
@@ -211,8 +214,10 @@ class Work {
 
     void meet_negatives(int thread) { meet_others(thread, columns[0]); }
 
-    // In in_parallel: every block of rows meets all rows, once each.
-    void meet_rows(int thread) {
+    // In in_parallel, as the last: every block of rows meets all rows, once each, and then goes to
+    // finish(block).
+    template <class Finish>
+    void meet_rows(int thread, const Finish& finish) {
         meet_others(thread, columns[1]);
         meet_others(thread, columns[2]);
         // players: the groups and, if they are odd, one more that lets its partner rest
@@ -237,8 +242,12 @@ class Work {
                 done[b].store(round + 2, std::memory_order_release);
             }
             done[a].store(round + 2, std::memory_order_release);
+            if (round + 1 < rounds) continue;
+            for (std::int64_t group : {a, b})
+                for (std::int64_t k = group * group_blocks;
+                     k < std::min((group + 1) * group_blocks, blocks); ++k)
+                    finish(block(k));
         }
-#pragma omp barrier
     }
 
    private:
