@@ -153,7 +153,9 @@ def _rates_kernel(
     stored = row < rows
     rate = tl.load(stats_ptr + row, mask=inside, other=0.0) * dloss
     tl.store(rates_ptr + row, rate, mask=stored)
-    tl.store(rates_ptr + rows + row, tl.load(stats_ptr + rows + row, mask=inside), mask=stored)
+    # finite behind the images too, where a rate of 0 stands beside it
+    top = tl.load(stats_ptr + rows + row, mask=inside, other=0.0)
+    tl.store(rates_ptr + rows + row, top, mask=stored)
     share = tl.load(stats_ptr + 2 * rows + row, mask=inside, other=0.0) * dloss
     tl.store(rates_ptr + 2 * rows + row, share, mask=stored)
     if tl.program_id(0) == 0:
