@@ -30,11 +30,13 @@ from benchmarks.contenders import (
     loss_contenders,
     measurement,
 )
-from benchmarks.gpu_checks import checks, memory_bound
+from benchmarks.device_checks import memory_bound
+from benchmarks.gpu_checks import checks, part_of
 from benchmarks.gpu_goals import goals, roofline_seconds
 from benchmarks.measure import machine, peak_memory, race, timed
 from benchmarks.plot_ntxent import save_plot, table
 from simclr_kernels.ntxent import fused_nt_xent
+from simclr_kernels.ntxent_tile_table import TABLES, architecture_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD, BOTH = WHAT
@@ -119,7 +121,7 @@ def verify(plan: Plan, seconds: float) -> list[dict[str, Any]]:
             errors += f"stopped after {seconds:.0f} s"
         results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         reason = f"not reached, its process ended with: {errors.strip()[-300:]}"
-        missed = names[part :: plan.workers][len(results) :]
+        missed = part_of(names, part, plan.workers)[len(results) :]
         return results + [{"check": name, "failure": reason} for name in missed]
 
     with ThreadPoolExecutor(plan.workers) as pool:
@@ -175,7 +177,7 @@ def huge_batch(plan: Plan) -> dict[str, Any]:
         say(f"  {size}: out of memory")
         return record | {"missing": "out of memory"}
     flops = 5.0 * size.rows**2 * size.features
-    bound = memory_bound(size.rows, size.features)
+    bound = memory_bound(*size, plan.device)
     say(
         f"  {size}: {seconds:.3f} s, {flops / seconds / 1e12:.3g} TFLOP/s, "
         f"{peak.extra_bytes / 2**20:.0f} MiB (O(M D) bound {bound >> 20})"
@@ -196,13 +198,12 @@ def share_of_roofline(record: dict[str, Any], device: str) -> float | None:
 
 def choose_tiles(plan: Plan, deadline: float) -> list[dict[str, Any]]:
     """Searches around the tables of the Triton kernels; see gpu_tiles.search."""
-    try:
-        from simclr_kernels import ntxent_triton
-    except ImportError as error:
-        say(f"  no tiles without triton: {error}")
-        return []
-    rows = plan.target
-    return gpu_tiles.search(ntxent_triton, rows, 128, plan.device, deadline, say=say)
+    table = TABLES[architecture_of(torch.device(plan.device))]
+    if plan.workers > 1:
+        seconds = 0.5 * (deadline - time.monotonic())
+        gpu_tiles.compile_ahead(table, plan.target, plan.device, seconds, plan.workers)
+    checked_rows = min(gpu_tiles.CHECKED_ROWS, plan.large)
+    return gpu_tiles.search(table, plan.target, plan.device, deadline, checked_rows, say=say)
 
 
 def run(plan: Plan, out: Path, seconds: float) -> int:
@@ -221,8 +222,8 @@ def run(plan: Plan, out: Path, seconds: float) -> int:
         say(f"  {time.monotonic() - start:.0f} s so far")
         return found
 
-    say(f"1. every path against float64, {0.35 * seconds:.0f} s at most")
-    checked = keep("checks", verify(plan, 0.35 * seconds))
+    say(f"1. every path against float64, {0.4 * seconds:.0f} s at most")
+    checked = keep("checks", verify(plan, 0.4 * seconds))
     say("2. time and memory")
     records = keep("measurements", measure(plan, start + 0.75 * seconds))
     met = keep("goals", goals(plan, records))

@@ -5,17 +5,24 @@ import math
 import subprocess
 import sys
 import time
-import types
+import weakref
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import gpu, gpu_checks, gpu_tiles, loss_checks
+pytest.importorskip("triton")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+from benchmarks import device_checks, gpu, gpu_checks, gpu_tiles, loss_checks
 from benchmarks.gpu_goals import goals, roofline_seconds
+from simclr_kernels import ntxent_triton
 from simclr_kernels.ntxent import fused_nt_xent
+from simclr_kernels.ntxent_tile_table import ANY, TABLES, WHOLE, Table, Tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +88,7 @@ def wrong_by(factor):
         lambda: loss_checks.check_equal_rows("cpu", "float32"),
         lambda: loss_checks.check_half_at_size("cpu", 130),
         lambda: loss_checks.check_not_finite("cpu", math.nan, 0.5, "float32"),
+        lambda: loss_checks.check_far_rows("cpu", "float32", 0.1),
     ],
 )
 def test_a_check_fails_where_the_loss_is_wrong(check, monkeypatch):
@@ -131,36 +139,96 @@ def test_the_roofline_is_the_slower_of_products_and_exponentials():
     assert roofline_seconds("a new one", both) is None
 
 
-class Tiles(NamedTuple):
-    BLOCK_M: int
-    num_warps: int
+NARROW, WIDE = Tiles(64, 64, WHOLE, 8, 2), Tiles(64, 64, 64, 8, 2)
 
 
-def test_the_tile_search_finds_what_is_faster_and_puts_everything_back():
-    module = types.SimpleNamespace(
-        HALF_TILES={"forward": Tiles(64, 8), "backward": Tiles(64, 8)},
-        IEEE_TILES=Tiles(64, 8),
-        OTHER=(1, 2),
+def small_table():
+    none = {"half": [], "tf32": [], "ieee": []}
+    return Table(
+        triangle=none | {"half": [(128, NARROW), (ANY, WIDE)]},
+        rows=none | {"ieee": [(ANY, WIDE)]},
+        backward=none | {"half": [(128, NARROW)]},
+        weights=none | {"half": [(ANY, WIDE)]},
     )
-    before = dict(vars(module))
 
-    def seconds_of(size, what, device):
-        if size.dtype == "float32" or what == "forward":
+
+def test_the_tile_search_reaches_every_entry_once_at_a_width_that_takes_it():
+    found = list(gpu_tiles.entries(small_table()))
+    assert [(entry.kernel, entry.kind, entry.place, entry.features) for entry in found] == [
+        ("triangle", "half", 0, 128),
+        ("backward", "half", 0, 128),
+        ("rows", "ieee", 0, 128),
+        ("triangle", "half", 1, 256),
+        # narrower rows need no matrix products
+        ("weights", "half", 0, 256),
+    ]
+    assert [entry.what == gpu.BOTH for entry in found] == [False, True, False, False, True]
+    assert {entry.kernel for entry in found if entry.tau < 0.0128} == {"rows"}
+    for table in TABLES.values():
+        reached = {(entry.kernel, entry.kind) for entry in gpu_tiles.entries(table)}
+        assert {("triangle", "half"), ("backward", "half"), ("weights", "half")} <= reached
+
+
+def test_the_tile_search_finds_what_is_faster_and_right_and_puts_everything_back():
+    table, before, said, checked = small_table(), small_table(), [], []
+
+    def seconds_of(entry, rows, device):
+        tiles = entry.tiles(table)
+        if entry.kernel != "triangle" or entry.place:
             return 1.0
-        tiles = module.HALF_TILES["backward"]
         if tiles.BLOCK_M == 32:
             raise ValueError("too small")
-        return 1.0 / tiles.BLOCK_M * tiles.num_warps
+        return tiles.num_warps / tiles.BLOCK_M / tiles.BLOCK_N
 
-    said = []
+    def check(entry, rows, device):
+        checked.append(entry.tiles(table))
+        assert entry.tiles(table).BLOCK_N < 128, "wrong"
+
     deadline = time.monotonic() + 60
-    report = gpu_tiles.search(module, 64, 16, "cpu", deadline, seconds_of, said.append)
-    assert vars(module) == before
-    assert [entry["best"] for entry in report] == [
-        Tiles(64, 8)._asdict(), Tiles(128, 4)._asdict(), Tiles(64, 8)._asdict(),
-    ]  # fmt: skip
-    assert [(entry["what"], entry["size"]["dtype"]) for entry in report] == [
-        ("forward", "bfloat16"), (gpu.BOTH, "bfloat16"), (gpu.BOTH, "float32"),
-    ]  # fmt: skip
-    assert "too small" in report[1]["trials"][0]["failure"] and len(said) == 3
-    assert gpu_tiles.search(module, 64, 16, "cpu", 0.0, seconds_of, said.append) == []
+    report = gpu_tiles.search(table, 64, "cpu", deadline, 34, seconds_of, check, said.append)
+    assert table == before
+    # wide in M, narrow in N since wider was wrong, and with fewer warps
+    best = NARROW._replace(BLOCK_M=128, num_warps=4)
+    assert report[0]["best"] == best._asdict() and best in checked
+    failures = [trial.get("failure", "") for trial in report[0]["trials"]]
+    assert "too small" in failures[0] and any("wrong" in failure for failure in failures)
+    assert all(trial["tiles"]["BLOCK_D"] == WHOLE for trial in report[0]["trials"])
+    assert all(entry["best"] == entry["shipped"] for entry in report[1:])
+    assert len(said) == len(report) == 5
+    assert gpu_tiles.search(table, 64, "cpu", 0.0, 34, seconds_of, check, said.append) == []
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, at most, beside `given`."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.alive, self.most = given.data_ptr(), {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in filter(torch.is_tensor, tree_leaves(out)):
+            storage = x.untyped_storage()
+            if storage.data_ptr() != self.given:
+                self.alive[id(x)] = (storage.data_ptr(), storage.nbytes())
+                weakref.finalize(x, self.alive.pop, id(x), None)
+        self.most = max(self.most, sum(dict(self.alive.values()).values()))
+        return out
+
+
+@pytest.mark.parametrize("features", [64, 128])
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+def test_the_memory_bound_is_what_the_launchers_allocate(features, arithmetic, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the launchers must not start a kernel")
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)
+    z = torch.empty(65536, features, dtype=loss_checks.DTYPES[arithmetic])
+    tau, layout = torch.tensor(0.1), ("halves", True, "mean", "tf32")
+    with Held(z) as held:
+        loss, _, *kept = ntxent_triton.forward(z, tau, None, *layout, False)
+        # freed by now, where autograd keeps what backward needs
+        del _
+        ntxent_triton.backward(loss, z, tau, None, *kept, *layout)
+    slack = 1 << 20
+    bound = device_checks.memory_bound(65536, features, arithmetic, "cpu")
+    assert bound - 2 * slack <= held.most <= bound
