@@ -270,7 +270,7 @@ def _forward_rows(z, tau, negatives, pairs, normalize, reduction, precision, wit
     loss, stats = kernels.finish_rows(z, tau, top, mass, span, normalize)
     if reduction != "none":
         loss = loss.sum() if reduction == "sum" else loss.mean()
-    return loss, metrics, stats, z.new_empty(0), z.new_empty(0)
+    return loss, metrics, stats, z.new_empty(0), stats.new_empty(0)
 
 
 def _backward_rows(

@@ -34,7 +34,7 @@ from simclr_kernels.ntxent_rows_triton import (
     other_tile,
     own_tiles,
 )
-from simclr_kernels.ntxent_weights_triton import row_operands, weights
+from simclr_kernels.ntxent_weights_triton import as_operand, row_operands, weights
 
 # programs that fill a chip; the same for all, so that all give the same bits
 PROGRAMS = 128
@@ -57,11 +57,11 @@ def _sweep_columns(
     offset_m,
     exponent,
     part,
+    parts,
     WIDTH: tl.constexpr,
     RUNNING_TOP: tl.constexpr,
     ROUNDED: tl.constexpr,
     EXTRA: tl.constexpr,
-    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,7 +75,7 @@ def _sweep_columns(
     tiles = padded // BLOCK_N
     own_first, own_last = own_tiles(image, tiles, BLOCK_M, BLOCK_N)
     others = tiles - (own_last - own_first)
-    for k in range(part * 2 * others // PARTS, (part + 1) * 2 * others // PARTS):
+    for k in range(part * 2 * others // parts, (part + 1) * 2 * others // parts):
         view_n, tile = other_tile(k, others, own_first, own_last)
         row_n = view_n * padded + tile * BLOCK_N
         z_n = load_tile(unit_ptr, row_n, WIDTH, BLOCK_N)
@@ -86,9 +86,10 @@ def _sweep_columns(
             RUNNING_TOP, ROUNDED, False, BLOCK_N
         )
         # fmt: on
-        sum_w = tl.dot(w.to(z_n.dtype), z_n, sum_w, input_precision=PRECISION)
+        w = as_operand(w, z_n.dtype, PRECISION)
+        sum_w = tl.dot(w, z_n, sum_w, input_precision=PRECISION)
     masked = own_last - own_first
-    for k in range(part * 2 * masked // PARTS, (part + 1) * 2 * masked // PARTS):
+    for k in range(part * 2 * masked // parts, (part + 1) * 2 * masked // parts):
         view_n, tile = other_tile(k, masked, 0, 0)
         tile += own_first
         row_n = view_n * padded + tile * BLOCK_N
@@ -102,10 +103,11 @@ def _sweep_columns(
         # fmt: on
         image_m = image + tl.arange(0, BLOCK_M)
         w = tl.where(image_m[:, None] != (tile * BLOCK_N + offs_n)[None, :], w, 0.0)
-        sum_w = tl.dot(w.to(z_n.dtype), z_n, sum_w, input_precision=PRECISION)
+        w = as_operand(w, z_n.dtype, PRECISION)
+        sum_w = tl.dot(w, z_n, sum_w, input_precision=PRECISION)
     if EXTRA:
         tiles = (extras + BLOCK_N - 1) // BLOCK_N
-        for k in range(part * tiles // PARTS, (part + 1) * tiles // PARTS):
+        for k in range(part * tiles // parts, (part + 1) * tiles // parts):
             z_n = load_tile(extra_ptr, k * BLOCK_N, WIDTH, BLOCK_N)
             s = tl.dot(z_m, tl.trans(z_n), input_precision=PRECISION)
             # fmt: off
@@ -115,7 +117,8 @@ def _sweep_columns(
             )
             # fmt: on
             extra_along += tl.sum(w * s, 1)
-            sum_w = tl.dot(w.to(z_n.dtype), z_n, sum_w, input_precision=PRECISION)
+            w = as_operand(w, z_n.dtype, PRECISION)
+            sum_w = tl.dot(w, z_n, sum_w, input_precision=PRECISION)
     return sum_w, extra_along
 
 
@@ -127,20 +130,20 @@ def _ntxent_bwd_kernel(
     extra_stretch_ptr,
     rates_ptr,  # (3, 2 * padded) float32: rate, top, share
     tau,
-    sum_w_ptr,  # (PARTS, 2 * stride, WIDTH) float32, out
-    extra_along_ptr,  # (PARTS, 2 * stride) float32, out if EXTRA
+    sum_w_ptr,  # (parts, 2 * stride, WIDTH) float32, out
+    extra_along_ptr,  # (parts, 2 * stride) float32, out if EXTRA
     arrived_ptr,  # () int32, out: 0
     padded,
     extras,
     first_image,
     count,
     stride,
+    parts,
     exponent,
     WIDTH: tl.constexpr,
     LOGITS: tl.constexpr,
     ROUNDED: tl.constexpr,
     EXTRA: tl.constexpr,
-    PARTS: tl.constexpr,
     TAU_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -165,14 +168,14 @@ def _ntxent_bwd_kernel(
     if bounded:
         sum_w, extra_along = _sweep_columns(
             unit_ptr, stretch_ptr, extra_ptr, extra_stretch_ptr, rates_ptr, padded, extras, image,
-            row_m, scale, rate_m, offset_m, exponent, part,
-            WIDTH, False, ROUNDED, EXTRA, PARTS, PRECISION, BLOCK_M, BLOCK_N
+            row_m, scale, rate_m, offset_m, exponent, part, parts,
+            WIDTH, False, ROUNDED, EXTRA, PRECISION, BLOCK_M, BLOCK_N
         )
     else:
         sum_w, extra_along = _sweep_columns(
             unit_ptr, stretch_ptr, extra_ptr, extra_stretch_ptr, rates_ptr, padded, extras, image,
-            row_m, scale, rate_m, offset_m, exponent, part,
-            WIDTH, True, ROUNDED, EXTRA, PARTS, PRECISION, BLOCK_M, BLOCK_N
+            row_m, scale, rate_m, offset_m, exponent, part, parts,
+            WIDTH, True, ROUNDED, EXTRA, PRECISION, BLOCK_M, BLOCK_N
         )
     # fmt: on
     sum_w *= tl.exp2(-exponent)
@@ -218,12 +221,12 @@ def launch_backward(batch: Batch, rates: Rates) -> tuple[Tensor, Tensor | None]:
         batch.first_image,
         batch.count,
         stride,
+        parts,
         exponent,
         WIDTH=rows.width,
         LOGITS=batch.logits,
         ROUNDED=batch.rounded,
         EXTRA=extra is not None,
-        PARTS=parts,
         TAU_ON_DEVICE=batch.tau_on_device,
         PRECISION=batch.precision,
         BLOCK_M=tiles.BLOCK_M,

@@ -20,8 +20,9 @@ from simclr_kernels.ntxent_rows_triton import (
     similarity,
 )
 from simclr_kernels.ntxent_tile_table import PADDING, Tiles
-from simclr_kernels.ntxent_weights_triton import row_operands, weights
+from simclr_kernels.ntxent_weights_triton import as_operand, row_operands, weights
 
+# of w at a time, or one block of rows of it
 WEIGHTS_BYTES = 64 << 20
 
 
@@ -52,10 +53,11 @@ def _ntxent_weights_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One tile of w, of the route that takes it through matrix products."""
-    row = first_row + tl.program_id(0) * BLOCK_M
+    block = tl.program_id(1)
+    row = first_row + block * BLOCK_M
     view = row // stride
     first = row - view * stride
-    row_n = tl.program_id(1) * BLOCK_N
+    row_n = tl.program_id(0) * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     inside = first + offs_m < count
@@ -90,8 +92,10 @@ def _ntxent_weights_kernel(
         image_m = first_image + first + offs_m
         image_n = row_n % padded + offs_n
         w = tl.where(image_m[:, None] != image_n[None, :], w, 0.0)
-    at = (tl.program_id(0) * BLOCK_M + offs_m).to(tl.int64)[:, None] * columns
-    tl.store(w_ptr + at + (row_n + offs_n)[None, :], w.to(w_ptr.dtype.element_ty))
+    at = (block * BLOCK_M + offs_m).to(tl.int64)[:, None] * columns
+    tl.store(
+        w_ptr + at + (row_n + offs_n)[None, :], as_operand(w, w_ptr.dtype.element_ty, PRECISION)
+    )
 
 
 def launch_products(batch: Batch, rates: Rates, exponent: float) -> tuple[Tensor, Tensor | None]:
@@ -110,10 +114,13 @@ def launch_products(batch: Batch, rates: Rates, exponent: float) -> tuple[Tensor
         w = _launch_weights(batch, rates, tiles, stride, run, exponent, rows)
         torch.mul(_product(w, rows.unit[:columns]), down, out=sum_w[0, run])
         if batch.negatives:
+            del w
             w = _launch_weights(batch, rates, tiles, stride, run, exponent, batch.negatives)
             added = _product(w, batch.negatives.unit[: w.shape[1]]) * down
             sum_w[0, run] += added
             extra_along[0, run] = (added * _stretched_rows(batch, stride, run)).sum(1)
+        # before the next block is made
+        del w
     arrived = torch.zeros((), dtype=torch.int32, device=batch.z.device)
     return launch_finish(batch, rates, sum_w, extra_along, arrived)
 
@@ -131,7 +138,7 @@ def _launch_weights(
     rows = batch.rows
     width = columns.unit.shape[0] - PADDING
     w = rows.unit.new_empty(run.stop - run.start, width)
-    _ntxent_weights_kernel[(w.shape[0] // tiles.BLOCK_M, width // tiles.BLOCK_N)](
+    _ntxent_weights_kernel[(width // tiles.BLOCK_N, w.shape[0] // tiles.BLOCK_M)](
         rows.unit,
         rows.stretch,
         columns.unit,
@@ -165,7 +172,8 @@ def _launch_weights(
 def _product(w: Tensor, rows: Tensor) -> Tensor:
     """w @ rows, summed in float32; float32 operands follow torch's switch as they find it."""
     if w.dtype == torch.float32:
-        return w @ rows
+        # autocast leaves alone what has an output
+        return torch.mm(w, rows, out=w.new_empty(len(w), rows.shape[1]))
     if w.is_cuda:
         return torch.mm(w, rows, out_dtype=torch.float32)
     return w.float() @ rows.float()

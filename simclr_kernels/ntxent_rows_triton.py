@@ -150,15 +150,19 @@ def _unit_row(z_ptr, rows, mask, D: tl.constexpr, offs_d, NORMALIZE: tl.constexp
 
 
 @triton.jit
+def to_tf32(x):
+    """Rounded to the 10 bits of fraction that TF32 has: a GPU would cut the others off."""
+    bits = x.to(tl.int32, bitcast=True)
+    # the carry could make another number of NaN
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _rounded_row(row, unit_ptr, ROUNDED: tl.constexpr):
     """Rows as tl.dot reads them, in float32, and the factor that gives them back their length."""
     if ROUNDED:
         if unit_ptr.dtype.element_ty == tl.float32:
-            # to TF32, which keeps 10 bits of the fraction: a GPU would cut the others off
-            bits = row.to(tl.int32, bitcast=True)
-            rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-            # the carry could make another number of NaN
-            rounded = tl.where(row == row, rounded, row)
+            rounded = to_tf32(row)
         else:
             rounded = row.to(unit_ptr.dtype.element_ty).to(tl.float32)
         square = tl.sum(rounded * rounded, 1)
@@ -176,6 +180,7 @@ def _store_unit(
     stretch_ptr,
     inv_norm_ptr,
     at,
+    inside,
     mask,
     offs_d,
     WIDTH: tl.constexpr,
@@ -185,7 +190,7 @@ def _store_unit(
     offs = at.to(tl.int64)[:, None] * WIDTH + offs_d[None, :]
     keep = mask[:, None] & (offs_d < WIDTH)[None, :]
     tl.store(unit_ptr + offs, rounded.to(unit_ptr.dtype.element_ty), mask=keep)
-    tl.store(stretch_ptr + at, stretch, mask=mask)
+    tl.store(stretch_ptr + at, tl.where(inside, stretch, 0.0), mask=mask)
     tl.store(inv_norm_ptr + at, tl.where(projected > 0, inv_norm, -inv_norm), mask=mask)
 
 
@@ -219,8 +224,8 @@ def _unit_rows_kernel(
     own, own_inv_norm, own_projected = _unit_row(z_ptr, rows, mask, D, offs_d, NORMALIZE)
     # fmt: off
     _store_unit(
-        own, own_inv_norm, own_projected, unit_ptr, stretch_ptr, inv_norm_ptr, image, stored,
-        offs_d, WIDTH, ROUNDED
+        own, own_inv_norm, own_projected, unit_ptr, stretch_ptr, inv_norm_ptr, image,
+        image < images, stored, offs_d, WIDTH, ROUNDED
     )
     if VIEWS == 2:
         other, inv_norm, other_projected = _unit_row(
@@ -228,7 +233,7 @@ def _unit_rows_kernel(
         )
         _store_unit(
             other, inv_norm, other_projected, unit_ptr, stretch_ptr, inv_norm_ptr, padded + image,
-            stored, offs_d, WIDTH, ROUNDED
+            image < images, stored, offs_d, WIDTH, ROUNDED
         )
         # fmt: on
         # between close unit rows through their difference, which keeps its digits

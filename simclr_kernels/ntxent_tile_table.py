@@ -157,5 +157,5 @@ def choose(choices: Choices, dtype: torch.dtype, precision: str, width: int) -> 
     kind = "half" if dtype != torch.float32 else precision
     for widest, tiles in choices[kind]:
         if width <= widest:
-            return tiles._replace(BLOCK_D=tiles.BLOCK_D or width)
+            return tiles._replace(BLOCK_D=min(tiles.BLOCK_D or width, width))
     return None

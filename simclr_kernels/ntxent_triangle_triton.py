@@ -167,7 +167,9 @@ def launch_triangle(batch: Batch) -> Tensor:
     """(parts, 2 * padded) float32: the sums of the negatives of all rows, if logits are bounded."""
     rows = batch.rows
     tiles = batch.tiles("triangle")
-    tiles_of_a_view = rows.padded // tiles.BLOCK_N
+    # a block holds whole tiles both ways
+    step = max(tiles.BLOCK_M, tiles.BLOCK_N)
+    tiles_of_a_view = rows.padded // step
     tiles_of_a_block = triton.cdiv(tiles_of_a_view, BLOCKS_OF_A_VIEW)
     blocks = triton.cdiv(tiles_of_a_view, tiles_of_a_block)
     partial = rows.stretch.new_empty(2 * blocks, 2 * rows.padded)
@@ -179,7 +181,7 @@ def launch_triangle(batch: Batch) -> Tensor:
         rows.images,
         rows.padded,
         blocks,
-        tiles_of_a_block * tiles.BLOCK_N,
+        tiles_of_a_block * step,
         WIDTH=rows.width,
         LOGITS=batch.logits,
         ROUNDED=batch.rounded,

@@ -129,7 +129,7 @@ def backward(
     """(dz, dtau): the operator `ntxent_backward`. See fused_nt_xent."""
     images = range(len(z) // 2)
     half = _half(pairs, len(z))
-    kept = (unit, lengths)
+    stats, *kept = (x.contiguous() for x in (stats, unit, lengths))
     batch, _ = _batch(z, tau, negatives, half, images, normalize, precision, kept)
     dloss = dloss.detach().float().contiguous()
     dz, dtau = launch_backward(batch, launch_rates(batch, stats, dloss, reduction))
@@ -181,7 +181,7 @@ def finish_rows(
     batch, arrived = _batch(z, tau, None, span // 2, images, normalize, precision)
     behind = batch.rows.padded - len(images)
     top, mass = (
-        F.pad(x.view(-1, 2, span // 2).transpose(0, 1).reshape(2, -1), (0, behind)).view(1, -1)
+        F.pad(x.view(-1, 2, span // 2).transpose(0, 1).reshape(2, -1), (0, behind)).reshape(1, -1)
         for x in (top, mass)
     )
     return launch_combine(batch, top, mass, arrived, "none")

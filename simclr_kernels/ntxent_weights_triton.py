@@ -15,6 +15,7 @@ from simclr_kernels.ntxent_rows_triton import (
     UNKNOWN,
     constant_top,
     is_bounded,
+    to_tf32,
 )
 
 
@@ -70,7 +71,11 @@ def weights(
         stretch_n = tl.load(stretch_ptr + columns)
         s *= stretch_n[None, :]
     logits = s * scale[:, None]
-    terms = tl.exp2(logits - offset_m[:, None])
+    above = logits - offset_m[:, None]
+    if RUNNING_TOP:
+        # the zero rows behind the images may lie far above the maximum: an infinite weight is NaN
+        above = tl.where(above > exponent + 1.0, exponent + 1.0, above)
+    terms = tl.exp2(above)
     if EXTRA:
         w = terms * rate_m[:, None]
         if ROUNDED:
@@ -87,3 +92,12 @@ def weights(
         # one fused multiplication and addition an element
         return terms * (rate_m[:, None] * stretch_n[None, :] + (rate_n * stretch_n)[None, :])
     return terms * (rate_m[:, None] + rate_n[None, :])
+
+
+@triton.jit
+def as_operand(w, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """w as a product takes it: rounded once."""
+    if PRECISION == "tf32":
+        return to_tf32(w)
+    else:
+        return w.to(dtype)
