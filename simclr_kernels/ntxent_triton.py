@@ -1,13 +1,14 @@
 """NT-Xent on a GPU: which kernels run, in which order. The formulas are in ntxent.py.
 
-    unit rows -> sums of the negatives -> losses of the rows and their sum         (forward)
-    sums of weighted rows, with the last step in the same kernel or its own       (backward)
+    forward     unit rows -> sums of the negatives -> losses of the rows and their sum
+    backward    sums of weighted rows -> gradients in z and tau
 
 Similarities exist as tiles only. Besides its results forward allocates the unit rows, which
-backward needs, and up to 32 floats a row; backward up to 64 MiB, and (M, D) float32 where the last
-step is a kernel of its own. Nothing waits for the device. A temperature on the device is not known
-when kernels are launched: forward launches the triangle and the running maximum, and the device
-lets one of them run; backward has a loop for either.
+backward needs, and up to 32 floats a row; backward (M, D) float32, a few times where there are so
+few rows that the columns are split, and 64 MiB for rows too wide for registers. Nothing waits for
+the device. A temperature on the device is not known when kernels are launched: forward launches the
+triangle and the running maximum, and the device lets one of them run; backward has a loop for
+either. In all these are 5 kernels, or 6.
 
 The three functions at the end serve several ranks: the rows of one against the columns of all.
 """
