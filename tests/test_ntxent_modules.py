@@ -123,9 +123,9 @@ def test_gathering_without_a_process_group_is_a_group_of_one():
 
 
 def test_modules_refuse_bad_temperatures_and_views_of_different_shape():
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got 0"):
+    with pytest.raises(ValueError, match="tau must be a positive finite number, .*, got 0"):
         NTXentLoss(0)
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got -1"):
+    with pytest.raises(ValueError, match="tau must be a positive finite number, .*, got -1"):
         LearnableTemperature(0.1, smallest=-1)
     with pytest.raises(ValueError, match="at least the smallest allowed, 0.01, got 0.005"):
         NTXentLoss(0.005, learnable=True)
