@@ -9,16 +9,10 @@ from test_reference_loss import assert_equals_golden, golden_case
 
 from simclr_kernels.ntxent import fused_nt_xent
 from simclr_kernels.ntxent_tiles import reduced
-from simclr_kernels.reference import SQUARED_NORM_FLOOR, nt_xent, positive_index, unit_rows
-from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
+from simclr_kernels.reference import nt_xent, positive_index, unit_rows
+from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as, size_of_terms
 
-
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fresh_memory_holds_nan")
 
 
 def loss_and_gradients(function, z, tau, **kwargs):
@@ -31,19 +25,6 @@ def loss_and_gradients(function, z, tau, **kwargs):
     upstream = torch.randn(loss.shape, generator=generator).to(loss)
     loss.backward(upstream)
     return loss.detach(), z.grad, tau.grad
-
-
-def size_of_terms(z, tau):
-    """Norm of the sizes of what the gradient of the sum adds up, sum_j |w_ij| |z^_j| / tau."""
-    z = z.double()
-    unit = unit_rows(z)
-    rows = torch.arange(len(z))
-    logits = unit @ unit.T / tau
-    logits[rows, rows] = -math.inf
-    p = logits.softmax(1)
-    p[rows, positive_index(len(z))] -= 1
-    inverse_norm = z.square().sum(1).clamp_min(SQUARED_NORM_FLOOR).rsqrt()
-    return ((p + p.T).abs() @ unit.norm(dim=1) * inverse_norm / tau).norm()
 
 
 KINDS = ["random", "pairs", "tight", "duplicates", "collapsed", "zeros"]
@@ -310,10 +291,10 @@ def test_the_sum_over_many_rows_has_the_same_bits_for_any_number_of_threads(redu
 
 
 def test_the_mean_of_32770_rows_has_the_same_bits_for_any_number_of_threads():
-    z = LossCase("", 32770, 1, 0.5).z()
+    z = LossCase("", 32770, 1, 0.3).z()
     losses = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        losses.append(fused_nt_xent(z, 0.5))
+        losses.append(fused_nt_xent(z, 0.3))
     torch.set_num_threads(1)
     assert losses[0] == losses[1]
