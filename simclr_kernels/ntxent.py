@@ -100,10 +100,10 @@ def fused_nt_xent(
         whatever the thread count.
 
     Raises:
-        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite,
-            or no scalar tensor on the device of z, pairs or reduction is unknown, negatives do not
-            fit z or require a gradient, the ranks of the group differ in the shape or dtype of z
-            or in what else is given but negatives, or one of them refuses its own.
+        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite (in
+            float32: 2^-126 to 2^127), or no scalar tensor on the device of z, pairs or reduction is
+            unknown, negatives do not fit z or require a gradient, or the ranks of the group differ
+            in any of these but negatives. What one rank refuses is an error on all.
         TypeError: z or negatives is no dense tensor, z, tau or negatives is not of a supported
             dtype, or group no process group.
         RuntimeError: on the second derivative.
@@ -201,7 +201,7 @@ def tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
 def _dot_precision(z: Tensor) -> str:
     """How a GPU multiplies the rows: Triton's name for what torch is set to."""
     # not every AMD GPU has TF32
-    if z.dtype != torch.float32 or z.device.type != "cuda" or torch.version.hip:
+    if z.dtype != torch.float32 or not z.is_cuda or torch.version.hip:
         return "ieee"
     return _float32_precision()
 
@@ -237,9 +237,9 @@ _backward_op = torch.ops.simclr_kernels.ntxent_backward.default
 def kernels_for(z: Tensor) -> ModuleType:
     """The module whose negative_sums, finish_rows and row_gradients compute z."""
     if z.dtype != torch.float64:
-        if z.device.type == "cpu":
+        if z.is_cpu:
             return ntxent_cpu
-        if z.device.type == "cuda":
+        if z.is_cuda:
             return _triton_kernels()
     return ntxent_tiles
 
@@ -259,7 +259,7 @@ def _triton_kernels():
 
 def upstream_of_rows(dloss: Tensor, rows: int, scale: float, dtype: torch.dtype) -> Tensor:
     """(rows,) contiguous: scale times dloss, which is 0-d or (rows,)."""
-    if dloss.dim() == 0 and dloss.device.type == "cpu":
+    if dloss.dim() == 0 and dloss.is_cpu:
         # one small operation in place of four
         return dloss.new_full((rows,), dloss.item() * scale, dtype=dtype)
     return (dloss.detach().to(dtype) * scale).expand(rows).contiguous()
@@ -278,7 +278,7 @@ def _check_kept(dloss, z, reduction, kept, shapes):
 def _forward_rows(z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
     # the operator may be called without the public function
     check(z, negatives, pairs, reduction)
-    if tau.device.type == "cpu":
+    if tau.is_cpu:
         check_tau(tau.item())
     kernels, rows = kernels_for(z), z.shape[0]
     span = span_of(rows, pairs)
@@ -309,7 +309,7 @@ def _forward_cuda(z, tau, negatives, pairs, normalize, reduction, *rest):
     if z.dtype == torch.float64:
         return _forward_rows(z, tau, negatives, pairs, normalize, reduction, *rest)
     check(z, negatives, pairs, reduction)
-    if tau.device.type == "cpu":
+    if tau.is_cpu:
         check_tau(tau.item())
     # triton launches on the current device
     with torch.cuda.device(z.device):
@@ -342,7 +342,7 @@ def _fake_forward(z, tau, negatives, pairs, normalize, reduction, precision, wit
     check(z, negatives, pairs, reduction)
     rows, features = z.shape
     stats, unit, lengths = (3, rows), (0,), (0,)
-    if z.device.type == "cuda" and z.dtype != torch.float64:
+    if z.is_cuda and z.dtype != torch.float64:
         stats, unit, lengths = _triton_kernels().kept_shapes(rows, features)
     kept = z.new_empty(stats, dtype=row_dtype(z))
     loss = kept.new_empty(rows if reduction == "none" else ())

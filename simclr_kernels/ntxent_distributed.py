@@ -120,7 +120,7 @@ def distributed_nt_xent(
     def check_operands():
         check(z, negatives, pairs, reduction)
         operand = tau_operand(tau, z)
-        if operand.device.type == "cpu":
+        if operand.is_cpu:
             check_tau(operand.item())
 
     values = {
@@ -152,7 +152,7 @@ def _known_number(tau):
     """What ranks can compare of tau: -1 where it is refused, or only the device knows it."""
     if not isinstance(tau, Tensor):
         return float(tau) if isinstance(tau, Real) else -1.0
-    known = tau.device.type == "cpu" and tau.is_floating_point() and tau.numel() == 1
+    known = tau.is_cpu and tau.is_floating_point() and tau.numel() == 1
     return tau.item() if known else -1.0
 
 
