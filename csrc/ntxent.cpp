@@ -108,8 +108,7 @@ double ntxent_row_gradients(const NtxentInput& in, const float* stats, const flo
     // near 1, so that dloss / total neither overflows nor loses digits
     float largest = 0.0f;
     for (std::int64_t i = 0; i < in.rows; ++i) largest = std::max(largest, std::fabs(dloss[i]));
-    int exponent = 0;
-    if (std::isfinite(largest)) std::frexp(largest, &exponent);
+    const int exponent = std::isfinite(largest) && largest > 0 ? std::ilogb(largest) : 0;
     const double nearer = std::ldexp(1.0, -exponent);
     float* rates = memory.take<float>(in.rows);
     float* positive_share = memory.take<float>(in.count);
@@ -117,7 +116,8 @@ double ntxent_row_gradients(const NtxentInput& in, const float* stats, const flo
     for (std::int64_t i = 0; i < in.count; ++i)
         positive_share[i] = float(dloss[in.first + i] * nearer) * shares[in.first + i];
     work.weigh_by(stats, rates);
-    p.unscale = float(std::ldexp(1.0 / in.tau, exponent));
+    p.inv_tau = float(1.0 / in.tau);
+    p.unscale = float(std::ldexp(1.0, exponent));
     p.positive_share = positive_share;
     p.dz = dz;
     p.along = memory.take<float>(in.count);

@@ -346,11 +346,12 @@ void finish(const Problem& p, const Block& a) {
             products += x * own.at(d);
             store_some(row + d, x, D - d);
         }
-        const float inner = sum(products), scale = p.unscale * p.norm[i].inverse;
+        const float inner = sum(products), scale = p.inv_tau * p.norm[i].inverse;
         p.along[i] += inner + kept * weight;
         for (std::int64_t d = 0; d < D; d += FLOATS) {
+            // not one factor: that may overflow where the gradient does not
             const Vec x = scale * (load_some(row + d, D - d) - kept * inner * own.at(d));
-            store_some(row + d, x, D - d);
+            store_some(row + d, p.unscale * x, D - d);
         }
     }
 }

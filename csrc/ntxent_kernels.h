@@ -43,7 +43,8 @@ struct Problem {
     const float* panels;          // of the local rows, block after block
     const Norm* norm;             // (local rows,)
     const float* positive_share;  // (local rows,) what the positive adds to the weights, positive
-    float unscale;                // takes back 1 / tau and the power of two in the weights
+    float inv_tau;
+    float unscale;                // takes back the power of two in the weights
     float* dz;                    // (local rows, features)
     float* along;                 // (local rows,) dz^ . z^, for the gradient in tau
 };

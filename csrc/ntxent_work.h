@@ -165,7 +165,7 @@ class Work {
     Block block(std::int64_t b) const {
         const std::int64_t first = b * p.block_rows;
         return {transposed + b * p.padded_features * p.stride,
-                panels + b * block_floats,
+                backward ? panels + b * block_floats : nullptr,
                 std::min(p.block_rows, in.count - first),
                 first,
                 backward ? top + first : nullptr,

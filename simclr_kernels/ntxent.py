@@ -23,7 +23,6 @@ row blocks for float64 and elsewhere.
 from __future__ import annotations
 
 import contextlib
-import math
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,8 @@ from torch import Tensor
 
 from simclr_kernels import ntxent_cpu, ntxent_tiles
 from simclr_kernels.ntxent_metrics import NTXentMetrics, means_over_rows
-from simclr_kernels.ntxent_tiles import row_dtype
+from simclr_kernels.ntxent_tiles import reduced, row_dtype
+from simclr_kernels.reference import span_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PAIRS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")
+# what float32 holds with all its digits
+SMALLEST_TAU, LARGEST_TAU = 2.0**-126, 2.0**127
 
 
 def fused_nt_xent(
@@ -98,15 +100,20 @@ def fused_nt_xent(
         whatever the thread count.
 
     Raises:
-        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite,
-            or no scalar tensor on the device of z, pairs or reduction is unknown, negatives do not
-            fit z or require a gradient, the ranks of the group differ in any of these.
-        TypeError: z, tau or negatives is not of a supported dtype, or group no process group.
+        ValueError: z is not 2-D, M is odd or under 2, D is 0, tau is not positive and finite (in
+            float32: 2^-126 to 2^127), or no scalar tensor on the device of z, pairs or reduction is
+            unknown, negatives do not fit z or require a gradient, or the ranks of the group differ
+            in any of these but negatives. What one rank refuses is an error on all.
+        TypeError: z or negatives is no dense tensor, z, tau or negatives is not of a supported
+            dtype, or group no process group.
         RuntimeError: on the second derivative.
     """
-    tau = _tau_operand(tau, z)
+    _check_dense("z", z)
+    if negatives is not None:
+        _check_dense("negatives", negatives)
     precision = _dot_precision(z)
     if group is None:
+        tau = tau_operand(tau, z)
         loss, metrics, *_ = forward_op(
             z, tau, negatives, pairs, normalize, reduction, precision, return_metrics
         )
@@ -119,6 +126,7 @@ def fused_nt_xent(
         )
     if not return_metrics:
         return loss
+    tau = tau_operand(tau, z)
     return loss, means_over_rows(metrics, z, columns, negatives, tau, normalize)
 
 
@@ -143,6 +151,12 @@ def check(z: Tensor, negatives: Tensor | None, pairs: str, reduction: str) -> No
         _check_negatives(z, negatives)
 
 
+def _check_dense(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        got = x.layout if isinstance(x, Tensor) else type(x)
+        raise TypeError(f"{name} must be a dense torch.Tensor, got {got}")
+
+
 def _check_negatives(z: Tensor, negatives: Tensor) -> None:
     if negatives.dtype != z.dtype:
         raise TypeError(f"negatives must have the dtype of z, {z.dtype}, got {negatives.dtype}")
@@ -163,14 +177,17 @@ def _check_negatives(z: Tensor, negatives: Tensor) -> None:
 
 def check_tau(tau: float) -> None:
     """Raises unless tau is a temperature."""
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau must be a positive finite number, got {tau}")
+    if not SMALLEST_TAU <= tau <= LARGEST_TAU:
+        raise ValueError(f"tau must be a positive finite number, 2^-126 to 2^127, got {tau}")
 
 
-def _tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
+def tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
     """tau as the 0-d tensor of the operator: on the CPU if it came as a number."""
     if not isinstance(tau, Tensor):
         check_tau(tau)
+        if torch.compiler.is_compiling():
+            # scalar_tensor of another number is another graph
+            return torch.ones((), dtype=torch.float64, device="cpu") * tau
         return torch.scalar_tensor(tau, dtype=torch.float64, device="cpu")
     if tau.numel() != 1:
         raise ValueError(f"tau must be a scalar tensor, got shape {tuple(tau.shape)}")
@@ -184,7 +201,7 @@ def _tau_operand(tau: float | Tensor, z: Tensor) -> Tensor:
 def _dot_precision(z: Tensor) -> str:
     """How a GPU multiplies the rows: Triton's name for what torch is set to."""
     # not every AMD GPU has TF32
-    if z.dtype != torch.float32 or z.device.type != "cuda" or torch.version.hip:
+    if z.dtype != torch.float32 or not z.is_cuda or torch.version.hip:
         return "ieee"
     return _float32_precision()
 
@@ -212,6 +229,7 @@ _library.define(
     " -> (Tensor dz, Tensor dtau)"
 )
 forward_op = torch.ops.simclr_kernels.ntxent.default
+# of torch, but what its own torch.library.register_autograd calls (torch/_library/autograd.py)
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _backward_op = torch.ops.simclr_kernels.ntxent_backward.default
 
@@ -219,9 +237,9 @@ _backward_op = torch.ops.simclr_kernels.ntxent_backward.default
 def kernels_for(z: Tensor) -> ModuleType:
     """The module whose negative_sums, finish_rows and row_gradients compute z."""
     if z.dtype != torch.float64:
-        if z.device.type == "cpu":
+        if z.is_cpu:
             return ntxent_cpu
-        if z.device.type == "cuda":
+        if z.is_cuda:
             return _triton_kernels()
     return ntxent_tiles
 
@@ -241,7 +259,7 @@ def _triton_kernels():
 
 def upstream_of_rows(dloss: Tensor, rows: int, scale: float, dtype: torch.dtype) -> Tensor:
     """(rows,) contiguous: scale times dloss, which is 0-d or (rows,)."""
-    if dloss.dim() == 0 and dloss.device.type == "cpu":
+    if dloss.dim() == 0 and dloss.is_cpu:
         # one small operation in place of four
         return dloss.new_full((rows,), dloss.item() * scale, dtype=dtype)
     return (dloss.detach().to(dtype) * scale).expand(rows).contiguous()
@@ -249,27 +267,27 @@ def upstream_of_rows(dloss: Tensor, rows: int, scale: float, dtype: torch.dtype)
 
 def _check_kept(dloss, z, reduction, kept, shapes):
     expected = [(z.shape[0],) if reduction == "none" else (), *shapes]
-    got = [tuple(x.shape) for x in (dloss, *kept)]
-    if got != [tuple(shape) for shape in expected]:
+    got = [x.shape for x in (dloss, *kept)]
+    if got != expected:
         raise ValueError(
             f"dloss must have the shape of the loss, and what forward kept its own, {expected}, "
-            f"got {got}"
+            f"got {[tuple(shape) for shape in got]}"
         )
 
 
 def _forward_rows(z, tau, negatives, pairs, normalize, reduction, precision, with_metrics):
     # the operator may be called without the public function
     check(z, negatives, pairs, reduction)
-    if tau.device.type == "cpu":
+    if tau.is_cpu:
         check_tau(tau.item())
     kernels, rows = kernels_for(z), z.shape[0]
-    span = rows if pairs == "halves" else 2
+    span = span_of(rows, pairs)
     top, mass, metrics = kernels.negative_sums(
         z, tau, negatives, span, 0, rows, normalize, with_metrics
     )
     loss, stats = kernels.finish_rows(z, tau, top, mass, span, normalize)
     if reduction != "none":
-        loss = loss.sum() if reduction == "sum" else loss.mean()
+        loss = reduced(loss, reduction)
     return loss, metrics, stats, z.new_empty(0), stats.new_empty(0)
 
 
@@ -280,7 +298,7 @@ def _backward_rows(
     rows = z.shape[0]
     _check_kept(dloss, z, reduction, (stats,), [(3, rows)])
     dloss = upstream_of_rows(dloss, rows, 1 / rows if reduction == "mean" else 1.0, row_dtype(z))
-    span = rows if pairs == "halves" else 2
+    span = span_of(rows, pairs)
     dz, dtau = kernels_for(z).row_gradients(
         dloss, z, tau, negatives, stats, span, 0, rows, normalize
     )
@@ -291,7 +309,7 @@ def _forward_cuda(z, tau, negatives, pairs, normalize, reduction, *rest):
     if z.dtype == torch.float64:
         return _forward_rows(z, tau, negatives, pairs, normalize, reduction, *rest)
     check(z, negatives, pairs, reduction)
-    if tau.device.type == "cpu":
+    if tau.is_cpu:
         check_tau(tau.item())
     # triton launches on the current device
     with torch.cuda.device(z.device):
@@ -324,7 +342,7 @@ def _fake_forward(z, tau, negatives, pairs, normalize, reduction, precision, wit
     check(z, negatives, pairs, reduction)
     rows, features = z.shape
     stats, unit, lengths = (3, rows), (0,), (0,)
-    if z.device.type == "cuda" and z.dtype != torch.float64:
+    if z.is_cuda and z.dtype != torch.float64:
         stats, unit, lengths = _triton_kernels().kept_shapes(rows, features)
     kept = z.new_empty(stats, dtype=row_dtype(z))
     loss = kept.new_empty(rows if reduction == "none" else ())
@@ -359,18 +377,20 @@ class _NTXent(torch.autograd.Function):
             return (None,) * 8
         # only a graph of the gradient needs the autograd of the second operator
         below = contextlib.nullcontext if torch.is_grad_enabled() else _below_autograd
+        # activation checkpointing computes forward again for them, with autograd
+        kept = ctx.saved_tensors
         with below():
-            dz, dtau = _backward_op(dloss, *ctx.saved_tensors, *ctx.settings)
+            dz, dtau = _backward_op(dloss, *kept, *ctx.settings)
         # None where nobody asks: the anomaly detection of torch looks for NaN in what is returned
         asked_z, asked_tau, *_ = ctx.needs_input_grad
         return dz if asked_z else None, dtau if asked_tau else None, *(None,) * 6
 
 
-def _refuse_second_derivative(ctx, ddz, ddtau):
+def refuse_second_derivative(ctx, *_):
     raise RuntimeError("fused_nt_xent has no second derivative; use reference.nt_xent for it")
 
 
 _library.impl("ntxent", _NTXent.apply, "Autograd")
 torch.library.register_autograd(
-    "simclr_kernels::ntxent_backward", _refuse_second_derivative, lib=_library
+    "simclr_kernels::ntxent_backward", refuse_second_derivative, lib=_library
 )

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from simclr_kernels.ntxent import (
     DTYPES,
@@ -29,9 +29,12 @@ from simclr_kernels.ntxent import (
     check_tau,
     forward_op,
     kernels_for,
+    refuse_second_derivative,
+    tau_operand,
     upstream_of_rows,
 )
-from simclr_kernels.ntxent_tiles import is_bounded
+from simclr_kernels.ntxent_tiles import is_bounded, reduced
+from simclr_kernels.reference import span_of
 
 # the second name is deprecated since torch 2.13, the first unknown before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -96,7 +99,7 @@ def refuse_unlike_ranks(
 @torch.compiler.disable(reason="fused_nt_xent with a group communicates outside of the graph")
 def distributed_nt_xent(
     z: Tensor,
-    tau: Tensor,
+    tau: float | Tensor,
     negatives: Tensor | None,
     group: dist.ProcessGroup,
     pairs: str,
@@ -108,23 +111,24 @@ def distributed_nt_xent(
     """The loss, metrics (3, rows) of this rank's rows, and the rows of all ranks, in rank order."""
     check_group(group)
     if dist.get_world_size(group) == 1:
+        tau = tau_operand(tau, z)
         loss, metrics, *_ = forward_op(
             z, tau, negatives, pairs, normalize, reduction, precision, with_metrics
         )
         return loss, metrics, z
-    known_tau = tau.item() if tau.device.type == "cpu" else None
 
     def check_operands():
         check(z, negatives, pairs, reduction)
-        if known_tau is not None:
-            check_tau(known_tau)
+        operand = tau_operand(tau, z)
+        if operand.is_cpu:
+            check_tau(operand.item())
 
     values = {
         "dimensions of z": z.dim(),
         "rows of z": z.shape[0] if z.dim() else 0,
         "features of z": z.shape[-1] if z.dim() else 0,
         "dtype of z": z.dtype,
-        "tau": -1.0 if known_tau is None else known_tau,
+        "tau": _known_number(tau),
         "pairs": pairs,
         "reduction": reduction,
         "normalize": normalize,
@@ -132,8 +136,24 @@ def distributed_nt_xent(
     choices = {"dtype of z": DTYPES, "pairs": PAIRS, "reduction": REDUCTIONS}
     refuse_unlike_ranks(group, z.device, check_operands, values, choices)
     return _DistributedNTXent.apply(
-        z, tau, negatives, group, pairs, normalize, reduction, precision, with_metrics
+        z,
+        tau_operand(tau, z),
+        negatives,
+        group,
+        pairs,
+        normalize,
+        reduction,
+        precision,
+        with_metrics,
     )
+
+
+def _known_number(tau):
+    """What ranks can compare of tau: -1 where it is refused, or only the device knows it."""
+    if not isinstance(tau, Tensor):
+        return float(tau) if isinstance(tau, Real) else -1.0
+    known = tau.is_cpu and tau.is_floating_point() and tau.numel() == 1
+    return tau.item() if known else -1.0
 
 
 class _DistributedNTXent(torch.autograd.Function):
@@ -145,7 +165,7 @@ class _DistributedNTXent(torch.autograd.Function):
         launch = {"precision": precision} if _has_triton(z) else {}
         count = z.shape[0]
         first = dist.get_rank(group) * count
-        span = count if pairs == "halves" else 2
+        span = span_of(count, pairs)
         rows = gather_rows(z, group)
         with _launching_on(z):
             top, mass, metrics = kernels.negative_sums(
@@ -158,43 +178,44 @@ class _DistributedNTXent(torch.autograd.Function):
         ctx.group, ctx.kernels, ctx.launch = group, kernels, launch
         ctx.reduction, ctx.normalize = reduction, normalize
         ctx.first, ctx.count, ctx.span = first, count, span
-        ctx.save_for_backward(rows, tau, negatives, stats)
+        ctx.save_for_backward(z, rows, tau, negatives, stats)
         ctx.mark_non_differentiable(metrics, rows)
         ctx.set_materialize_grads(False)
         if reduction == "none":
             return loss[first : first + count].clone(), metrics, rows
-        return loss.sum() if reduction == "sum" else loss.mean(), metrics, rows
+        return reduced(loss, reduction), metrics, rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, *_):
-        rows, tau, negatives, stats = ctx.saved_tensors
-        dz = dtau = None
+        z, rows, tau, negatives, stats = ctx.saved_tensors
+        if dloss is None:
+            # what came after the loss has no gradient here: it may have one on other ranks
+            dloss = stats.new_zeros(ctx.count if ctx.reduction == "none" else ())
         if ctx.reduction == "none":
-            # a rank that nobody asks must still take part
-            if dloss is None:
-                dloss = stats.new_zeros(ctx.count)
-            dloss = gather_rows(dloss.to(stats.dtype), ctx.group)
-        elif dloss is not None:
+            of_rows = gather_rows(dloss, ctx.group)
+        else:
             scale = dist.get_world_size(ctx.group)
             scale /= len(rows) if ctx.reduction == "mean" else 1
-            dloss = upstream_of_rows(dloss, len(rows), scale, stats.dtype)
-        if dloss is not None:
-            with _launching_on(rows):
-                dz, dtau = ctx.kernels.row_gradients(
-                    dloss,
-                    rows,
-                    tau,
-                    negatives,
-                    stats,
-                    ctx.span,
-                    ctx.first,
-                    ctx.count,
-                    ctx.normalize,
-                    **ctx.launch,
-                )
-        asked = ctx.needs_input_grad
-        return dz if asked[0] else None, dtau if asked[1] else None, *(None,) * 7
+            of_rows = upstream_of_rows(dloss, len(rows), scale, stats.dtype)
+        asked = (ctx.span, ctx.first, ctx.count, ctx.normalize)
+        with _launching_on(rows):
+            dz, dtau = ctx.kernels.row_gradients(
+                of_rows, rows, tau, negatives, stats, *asked, **ctx.launch
+            )
+        if torch.is_grad_enabled():
+            dz, dtau = _Gradients.apply(dz, dtau, dloss, z, tau)
+        asked_z, asked_tau, *_ = ctx.needs_input_grad
+        return dz if asked_z else None, dtau if asked_tau else None, *(None,) * 7
+
+
+class _Gradients(torch.autograd.Function):
+    """dz and dtau as the functions that they are of dloss, z and tau, without a derivative."""
+
+    @staticmethod
+    def forward(ctx, dz, dtau, *operands):
+        return dz, dtau
+
+    backward = staticmethod(refuse_second_derivative)
 
 
 def _has_triton(z):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed, nn
 
-from simclr_kernels.ntxent import check_tau, fused_nt_xent
+from simclr_kernels.ntxent import DTYPES, check_tau, fused_nt_xent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,12 +45,15 @@ class LearnableTemperature(nn.Module):
 
     def forward(self) -> Tensor:
         """tau, 0-d, differentiable in log_temperature."""
-        with torch.no_grad():
-            self.log_temperature.clamp_(min=math.log(self.smallest))
+        # data: a penalty on the parameter from before this call keeps its backward
+        self.log_temperature.data.clamp_(min=math.log(self.smallest))
         return self.log_temperature.exp()
 
     def extra_repr(self) -> str:
-        return f"temperature={self.log_temperature.exp().item():g}, smallest={self.smallest:g}"
+        # elsewhere to read it would wait for the device, and meta has none to read
+        known = self.log_temperature.device.type == "cpu"
+        temperature = f"temperature={self.log_temperature.exp().item():g}, " if known else ""
+        return f"{temperature}smallest={self.smallest:g}"
 
 
 class NTXentLoss(nn.Module):
@@ -61,15 +64,15 @@ class NTXentLoss(nn.Module):
     - lightly's NTXentLoss(temperature=0.5, gather_distributed=False). Gathered, it returns the mean
       over a rank's own rows, here that over all rows; DistributedDataParallel makes the same
       gradient of both. Its memory_bank_size is another loss, between one view and a bank alone:
-      here a NegativeQueue adds to the negatives of the batch.
+      here `negatives`, of a NegativeQueue for example, add to those of the batch.
     - solo-learn's simclr_loss_func(z, indexes, temperature=0.1), where every index occurs twice and
       z holds view 0 of all images, then view 1. Images with more than two views, or with equal
       indexes, are several positives there, and separate images here.
     - pytorch-metric-learning's NTXentLoss(temperature=0.07) with each label on two rows, in
       contrast to its other uses with labels. It takes one (2N, D) tensor.
 
-    These three return the dtype of their input; here it is float32. The loss of the TensorFlow code
-    of SimCLR is twice this one.
+    These three return the dtype of their input; here it is float32, or float64 for float64 views.
+    The loss of the TensorFlow code of SimCLR is twice this one.
 
     Args:
         temperature: > 0; the one to start from if it learns.
@@ -95,8 +98,11 @@ class NTXentLoss(nn.Module):
         """The temperature in use: a float, or a scalar tensor with a gradient if learnable."""
         return self.fixed_temperature if self.learned is None else self.learned()
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """The mean loss over the 2N rows of z0 and z1, each (N, D), and those of other ranks."""
+    def forward(self, z0: Tensor, z1: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """The mean loss over the 2N rows of z0 and z1, each (N, D), and those of other ranks.
+
+        negatives (K, D) are more negatives of every row: see fused_nt_xent.
+        """
         if z0.shape != z1.shape:
             raise ValueError(
                 "z0 and z1 must have the same shape (N, D), "
@@ -105,7 +111,8 @@ class NTXentLoss(nn.Module):
         group = None
         if self.gather_distributed and distributed.is_available() and distributed.is_initialized():
             group = distributed.group.WORLD
-        return fused_nt_xent(torch.cat((z0, z1)), self.temperature, group=group)
+        z = torch.cat((z0, z1))
+        return fused_nt_xent(z, self.temperature, negatives=negatives, group=group)
 
     def extra_repr(self) -> str:
         gather = ["gather_distributed=True"] if self.gather_distributed else []
@@ -123,6 +130,8 @@ class NegativeQueue(nn.Module):
     A ring: new rows take the place of the oldest. Only rows that were pushed are negatives. The
     state dict holds rows, position and count exactly. Push after backward: the loss keeps its
     negatives, which are no copy, and torch refuses the gradient where they have changed since.
+    Pass them to a compiled function as an argument: one that reads the queue itself is compiled
+    again after each push until the queue is full.
 
     The rows are a buffer, in one dtype, which must be that of z (bfloat16 under autocast). Inside
     DistributedDataParallel buffers are overwritten with those of rank 0: keep the queue outside, or
@@ -166,7 +175,8 @@ class NegativeQueue(nn.Module):
         With a group, those of all its ranks in rank order: all ranks then hold the same.
 
         Raises:
-            ValueError: z is not (M, D), or with a group differs in shape between ranks.
+            ValueError: z is not (M, D), or with a group its shape or the queue's dtype or features
+                differ between ranks.
         """
         if group is not None:
             from simclr_kernels.ntxent_distributed import (
@@ -176,9 +186,13 @@ class NegativeQueue(nn.Module):
             )
 
             check_group(group)
-            refuse_unlike_ranks(
-                group, z.device, lambda: self._check(z), {"elements of z": z.numel()}
-            )
+            values = {
+                "elements of z": z.numel(),
+                "features of the queue": self.rows.shape[1],
+                "dtype of the queue": self.rows.dtype,
+            }
+            choices = {"dtype of the queue": DTYPES}
+            refuse_unlike_ranks(group, z.device, lambda: self._check(z), values, choices)
             z = gather_rows(z.to(self.rows.dtype), group)
         self._check(z)
         size = len(self.rows)

@@ -24,6 +24,9 @@ SMALLEST_BOUNDED_TAU = 0.0128
 # 16 MiB in float32
 TILE_ELEMENTS = 1 << 22
 
+# torch adds twice as many or more in parts, one for each thread
+ROWS_SUMMED_AT_ONCE = 1 << 14
+
 
 def is_bounded(tau: Tensor, normalize: bool) -> bool:
     """Whether top is one constant for all rows; never where that would wait for a GPU."""
@@ -33,6 +36,14 @@ def is_bounded(tau: Tensor, normalize: bool) -> bool:
 def row_dtype(z: Tensor) -> torch.dtype:
     """Of all that is kept for a row."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """The "mean" or "sum" of the rows (M,), in the same bits for any number of threads."""
+    if loss.numel() <= ROWS_SUMMED_AT_ONCE:
+        return loss.sum() if reduction == "sum" else loss.mean()
+    total = torch.stack([part.sum() for part in loss.split(ROWS_SUMMED_AT_ONCE)]).sum()
+    return total if reduction == "sum" else total / len(loss)
 
 
 def negative_sums(

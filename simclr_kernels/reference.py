@@ -17,9 +17,14 @@ TIE = 2.0**-20  # of the size of two logits: closer ones are equal
 
 def positive_index(rows: int, pairs: str = "halves", device: torch.device | None = None) -> Tensor:
     """(M,) int64: for each of M rows the row that holds the other view of the same image."""
+    return positive_in_spans(rows, span_of(rows, pairs), device)
+
+
+def span_of(rows: int, pairs: str) -> int:
+    """Rows of a group, of which the first half holds view 0 of its images."""
     if pairs not in ("halves", "interleaved"):
         raise ValueError(f"pairs must be 'halves' or 'interleaved', got {pairs!r}")
-    return positive_in_spans(rows, rows if pairs == "halves" else 2, device)
+    return rows if pairs == "halves" else 2
 
 
 def positive_in_spans(rows: int, span: int, device: torch.device | None = None) -> Tensor:
@@ -265,12 +270,9 @@ def color_jitter(planes: Tensor, params, brightness_mode: str = "multiply") -> T
             Where a value is exactly neutral its operation is skipped, clip included.
         brightness_mode: "multiply" (neutral 1) or "add" (neutral 0).
     """
+    off = 1.0 if brightness_mode == "multiply" else 0.0
     steps = (
-        (
-            lambda x, factor: brightness(x, factor, brightness_mode),
-            params.brightness,
-            1.0 if brightness_mode == "multiply" else 0.0,
-        ),
+        (lambda x, factor: brightness(x, factor, brightness_mode), params.brightness, off),
         (contrast, params.contrast, 1.0),
         (saturation, params.saturation, 1.0),
         (hue, params.hue_turns, 0.0),
@@ -287,9 +289,7 @@ def color_jitter(planes: Tensor, params, brightness_mode: str = "multiply") -> T
 
 def grayscale(planes: Tensor) -> Tensor:
     """0.2989 R + 0.5870 G + 0.1140 B in all three channels; (B, 3, H, W)."""
-    red, green, blue = (
-        x * weight for x, weight in zip(planes.unbind(1), GRAY_WEIGHTS, strict=True)
-    )
+    red, green, blue = [x * w for x, w in zip(planes.unbind(1), GRAY_WEIGHTS, strict=True)]
     return (red + green + blue).unsqueeze(1).expand_as(planes)
 
 

@@ -1,11 +1,14 @@
-"""The tolerance and the cases that tests and benchmarks of the loss share."""
+"""The tolerances and the cases that tests and benchmarks of the loss share."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from simclr_kernels.reference import positive_index, unit_rows
 
 
 def assert_as_accurate_as(
@@ -30,6 +33,29 @@ def assert_as_accurate_as(
         f"error {error:.3g} is more than {slack:g} times torch's own, {own_error:.3g}, "
         f"at a norm of {truth.norm():.3g}"
     )
+
+
+def size_of_terms(
+    z: Tensor,
+    tau: float,
+    upstream: Tensor | None = None,
+    pairs: str = "halves",
+    normalize: bool = True,
+) -> Tensor:
+    """Norm of sum_j |w_ij| |z^_j| / tau: what the gradient would be if nothing cancelled.
+
+    upstream (M,) are the gradients of the rows of the loss, by default 1.
+    """
+    z = z.double()
+    unit = unit_rows(z) if normalize else z
+    i = torch.arange(len(z), device=z.device)
+    logits = unit @ unit.T / tau
+    logits[i, i] = -math.inf
+    p = logits.softmax(1)
+    p[i, positive_index(len(z), pairs, z.device)] -= 1
+    w = p.abs() if upstream is None else upstream.double().abs()[:, None] * p.abs()
+    terms = (w + w.T) @ unit.norm(dim=1) / tau
+    return (terms / z.norm(dim=1).clamp_min(1e-6) if normalize else terms).norm()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,21 @@ def shared_path(name: str) -> Path:
     return path
 
 
+@pytest.fixture
+def fresh_memory_holds_nan():
+    """A kernel that reads what it has not written gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tau_on_device(monkeypatch):
+    """What the launchers do with a temperature that only the device knows, on CPU tensors too."""
+    monkeypatch.setattr("simclr_kernels.ntxent_triton._known", lambda tau: None)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

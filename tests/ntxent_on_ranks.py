@@ -92,16 +92,31 @@ class Encoder(torch.nn.Module):
 
 
 class Traffic(TorchDispatchMode):
-    """Records (collective, bytes this rank sends) of everything inside."""
+    """Records (collective, bytes this rank sends) of everything inside, and shapes of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = []
+        self.sent, self.zeros = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             self.sent.append((function._opname, args[1].nbytes))
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        if "zeros" in function._opname:
+            self.zeros.append(tuple(out.shape))
+        return out
+
+
+class Dropped(torch.autograd.Function):
+    """x, with no gradient at all rather than one of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None
 
 
 def run_case(case: Case, rank: int, group: dist.ProcessGroup) -> dict:
@@ -133,12 +148,13 @@ def run_case(case: Case, rank: int, group: dist.ProcessGroup) -> dict:
         "z": z.detach(),
         "forward": forward.sent,
         "backward": backward.sent,
+        "zeros": backward.zeros,
     }
 
 
-def refusal(group: dist.ProcessGroup, *args, **kwargs) -> str:
+def refusal(group: dist.ProcessGroup, *args, of=fused_nt_xent, **kwargs) -> str:
     try:
-        fused_nt_xent(*args, group=group, **kwargs)
+        of(*args, group=group, **kwargs)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
@@ -159,7 +175,32 @@ def run_refusals(rank: int, group: dist.ProcessGroup) -> dict:
         "reduction": refusal(group, z, 0.1, reduction="sum" if odd_one else "mean"),
         "normalize": refusal(group, z, 0.1, normalize=not odd_one),
         "negatives": refusal(group, z, 0.1, negatives=learnt),
+        "negative tau": refusal(group, z, -1.0 if odd_one else 0.1),
+        "negative tensor": refusal(group, z, torch.tensor(-1.0 if odd_one else 0.1)),
+        "integer tau": refusal(group, z, torch.tensor(1) if odd_one else 0.1),
+        "two temperatures": refusal(group, z, torch.ones(2) if odd_one else 0.1),
     }
+
+
+def run_derivatives(rank: int, group: dist.ProcessGroup) -> dict:
+    found = {}
+    for reduction in ("mean", "none"):
+        z = draw(rank, ROWS, FEATURES).requires_grad_()
+        tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        loss = fused_nt_xent(z, tau, reduction=reduction, group=group).sum()
+        for derivative in torch.autograd.grad(loss, (z, tau), create_graph=True):
+            for operand in (z, tau):
+                try:
+                    torch.autograd.grad(derivative.sum(), operand, retain_graph=True)
+                    message = "accepted"
+                except RuntimeError as error:
+                    message = str(error)
+                found.setdefault("second", []).append(message)
+    last = rank == dist.get_world_size(group) - 1
+    loss = fused_nt_xent(z, 0.5, reduction="none", group=group)
+    objective = Dropped.apply(loss) if last else loss
+    found["dropped"] = torch.autograd.grad(objective.sum(), z)[0]
+    return found
 
 
 def run_modules(rank: int, group: dist.ProcessGroup) -> dict:
@@ -168,6 +209,9 @@ def run_modules(rank: int, group: dist.ProcessGroup) -> dict:
     z = draw(rank, ROWS, FEATURES).float().requires_grad_()
     loss = NTXentLoss(0.2, gather_distributed=True)(*z.chunk(2))
     loss.backward()
+    features = FEATURES * 2 if rank else FEATURES
+    wider = NegativeQueue(9, features)
+    finer = NegativeQueue(9, FEATURES, dtype=torch.float64 if rank else torch.float32)
     strided = torch.stack((z.detach(), z.detach()), 2)[:, :, 0]
     with torch.no_grad():
         without_gradient = fused_nt_xent(strided, 0.2, group=group)
@@ -176,6 +220,8 @@ def run_modules(rank: int, group: dist.ProcessGroup) -> dict:
         "loss": loss.detach(),
         "dz": z.grad,
         "without_gradient": without_gradient,
+        "wider": refusal(group, torch.zeros(12 * FEATURES // features, features), of=wider.push),
+        "finer": refusal(group, torch.zeros(4, FEATURES), of=finer.push),
         "bfloat16": gather_rows(z.detach().bfloat16(), group),
     }
 
@@ -224,6 +270,7 @@ def main(rank: int, world: int, store: str, results: str, golden: str) -> None:
             found[size, case.name] = run_case(case, rank, group)
         if size > 1:
             found[size, "refusals"] = run_refusals(rank, group)
+            found[size, "derivatives"] = run_derivatives(rank, group)
         for shape in GOLDEN_SIZES if golden else ():
             if shape.startswith(f"{size}x"):
                 found[size, shape] = run_golden(golden, shape, rank, group)

@@ -8,16 +8,11 @@ import torch
 from test_reference_loss import assert_equals_golden, golden_case
 
 from simclr_kernels.ntxent import fused_nt_xent
-from simclr_kernels.reference import SQUARED_NORM_FLOOR, nt_xent, positive_index, unit_rows
-from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
+from simclr_kernels.ntxent_tiles import reduced
+from simclr_kernels.reference import nt_xent, positive_index, unit_rows
+from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as, size_of_terms
 
-
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fresh_memory_holds_nan")
 
 
 def loss_and_gradients(function, z, tau, **kwargs):
@@ -30,19 +25,6 @@ def loss_and_gradients(function, z, tau, **kwargs):
     upstream = torch.randn(loss.shape, generator=generator).to(loss)
     loss.backward(upstream)
     return loss.detach(), z.grad, tau.grad
-
-
-def size_of_terms(z, tau):
-    """Norm of the sizes of what the gradient of the sum adds up, sum_j |w_ij| |z^_j| / tau."""
-    z = z.double()
-    unit = unit_rows(z)
-    rows = torch.arange(len(z))
-    logits = unit @ unit.T / tau
-    logits[rows, rows] = -math.inf
-    p = logits.softmax(1)
-    p[rows, positive_index(len(z))] -= 1
-    inverse_norm = z.square().sum(1).clamp_min(SQUARED_NORM_FLOOR).rsqrt()
-    return ((p + p.T).abs() @ unit.norm(dim=1) * inverse_norm / tau).norm()
 
 
 KINDS = ["random", "pairs", "tight", "duplicates", "collapsed", "zeros"]
@@ -175,13 +157,13 @@ def test_gradcheck_in_z_and_tau():
     assert torch.autograd.gradcheck(rows, (z, tau))
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e8, 1e30])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-8, 1e8, 1e30, 1e38])
 def test_upstream_gradient_of_any_size_keeps_its_digits(size):
     z = LossCase("", 34, 33, 0.1).z()
     gradients = []
     for factor in (1.0, size):
         leaf = z.clone().requires_grad_()
-        fused_nt_xent(leaf, 0.1).backward(torch.tensor(factor))
+        fused_nt_xent(leaf, 0.1, reduction="sum").backward(torch.tensor(factor))
         gradients.append(leaf.grad.double() / factor)
     assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
@@ -223,6 +205,17 @@ def test_interleaved_rows_are_permuted_halves():
     truth = loss_and_gradients(nt_xent, interleaved.double(), 0.1, pairs="interleaved")
     torch.testing.assert_close(ours[0], halves[0], rtol=1e-6, atol=0)
     assert (ours[1] - truth[1]).norm() <= 1e-6 * truth[1].norm()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-38, 1e38])
+def test_one_image_has_no_gradient_at_an_upstream_gradient_of_any_size(size):
+    z = torch.randn(2, 5, requires_grad=True)
+    fused_nt_xent(z, 0.1).backward(torch.tensor(size))
+    assert (z.grad == 0).all()
+
+
+def test_the_smallest_temperature_gives_a_number():
+    assert fused_nt_xent(torch.eye(4), 2.0**-126).isfinite()
 
 
 def test_one_image_has_no_loss_and_no_gradient():
@@ -281,3 +274,27 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(rows):
     torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_sum_over_many_rows_has_the_same_bits_for_any_number_of_threads(reduction):
+    rows = torch.randn(32770, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        losses.append(reduced(rows, reduction))
+    torch.set_num_threads(1)
+    assert losses[0] == losses[1] == losses[2]
+    exact = getattr(rows.double(), reduction)()
+    assert abs(losses[0] - exact) <= 1e-6 * abs(rows).double().sum()
+    assert abs(reduced(rows[:9], reduction) - getattr(rows[:9], reduction)()) <= 1e-6
+
+
+def test_the_mean_of_32770_rows_has_the_same_bits_for_any_number_of_threads():
+    z = LossCase("", 32770, 1, 0.3).z()
+    losses = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        losses.append(fused_nt_xent(z, 0.3))
+    torch.set_num_threads(1)
+    assert losses[0] == losses[1]

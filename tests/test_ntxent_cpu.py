@@ -17,12 +17,7 @@ INSTRUCTION_SETS = _C.ntxent_instruction_sets()
 CASES = [case for case in LOSS_CASES if case.features > 1]
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fresh_memory_holds_nan")
 
 
 @pytest.fixture

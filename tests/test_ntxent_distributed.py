@@ -148,6 +148,8 @@ def test_forward_sends_the_rows_and_one_number_a_row_and_backward_nothing(ranks,
         assert found["forward"] == [("_allgather_base_", count) for count in sent]
         back = [ROWS * of_row] if case.reduction == "none" else []
         assert found["backward"] == [("_allgather_base_", count) for count in back]
+        # no gradient of the gathered rows, which have none
+        assert (world * ROWS, FEATURES) not in found["zeros"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -215,6 +217,10 @@ def test_ranks_that_differ_are_refused_on_every_rank(ranks, what, message, world
         ("odd rows", "ValueError: z must have an even number of rows .*, got 7"),
         ("dimensions", "ValueError: z must be 2-D"),
         ("negatives", "ValueError: negatives must not require a gradient"),
+        ("negative tau", "ValueError: tau must be a positive finite number, .*, got -1"),
+        ("negative tensor", "ValueError: tau must be a positive finite number, .*, got -1"),
+        ("integer tau", "TypeError: tau must be a floating-point tensor .*, got torch.int64"),
+        ("two temperatures", r"ValueError: tau must be a scalar tensor, got shape \(2,\)"),
     ],
 )
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -225,6 +231,33 @@ def test_what_one_rank_refuses_raises_on_every_rank(ranks, what, message, world)
         f"ValueError: the arguments must be valid on every rank, rank {world - 1} refused its own"
     )
     assert found[:-1] == [expected] * (world - 1)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_second_derivative_raises_on_every_rank(ranks, world):
+    for rank in range(world):
+        messages = ranks[rank][world, "derivatives"]["second"]
+        expected = "fused_nt_xent has no second derivative"
+        assert len(messages) == 8 and all(expected in message for message in messages)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_rank_whose_loss_has_no_gradient_takes_part_in_those_of_the_others(ranks, world):
+    z = torch.cat([draw(rank, ROWS, FEATURES) for rank in range(world)]).requires_grad_()
+    order = halves_order(world, "halves")
+    rows = nt_xent(z[order], 0.5, reduction="none")[order.argsort()]
+    (expected,) = torch.autograd.grad(rows[:-ROWS].sum(), z)
+    found = [ranks[rank][world, "derivatives"]["dropped"] for rank in range(world)]
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_queues_that_differ_between_ranks_are_refused_on_every_rank(ranks):
+    for rank in range(WORLD):
+        found = ranks[rank]["modules"]
+        message = r"ValueError: features of the queue must be the same .* got \[6, 12, 12, 12\]"
+        assert re.match(message, found["wider"])
+        message = "ValueError: dtype of the queue must .* got .torch.float32, torch.float64"
+        assert re.match(message, found["finer"])
 
 
 def test_a_process_outside_of_the_group_is_told_so(ranks):

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from simclr_kernels import _C, NegativeQueue, NTXentLoss, fused_nt_xent, ntxent
 
@@ -53,7 +55,7 @@ def test_operators_refuse_rows_that_the_kernels_would_read_out_of_bounds():
         forward(z, tau, torch.ones(2, 3), *flags, False)
     with pytest.raises(ValueError, match=r"the 4 features of z, got shape \(2, 3\)"):
         backward(rows, z, tau, torch.ones(2, 3), stats, empty, empty, *flags)
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got -2"):
+    with pytest.raises(ValueError, match="tau must be a positive finite number, .*, got -2"):
         forward(z, torch.tensor(-2.0), None, *flags, False)
     for dloss, kept, got in (
         (rows[:4], stats, r"\[\(4,\), \(3, 6\)\]"),
@@ -93,6 +95,28 @@ def test_compiles_to_one_graph_with_negatives_and_metrics():
         queue.push(z[:5])
 
 
+def test_compiles_twice_for_any_number_of_temperatures():
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_nt_xent, fullgraph=True, backend=frames)
+    z = torch.randn(8, 4)
+    for k in range(12):
+        assert torch.equal(compiled(z, 0.1 + k / 20), fused_nt_xent(z, 0.1 + k / 20))
+    # the first number is taken for a constant
+    assert frames.frame_count <= 2
+
+
+def test_a_queue_that_fills_compiles_twice_where_its_negatives_are_an_argument():
+    queue = NegativeQueue(40, 4)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_nt_xent, fullgraph=True, backend=frames)
+    for _ in range(12):
+        z = torch.randn(8, 4)
+        queue.push(z[:4])
+        loss = compiled(z, 0.2, negatives=queue.negatives)
+        assert torch.equal(loss, fused_nt_xent(z, 0.2, negatives=queue.negatives))
+    assert frames.frame_count <= 2
+
+
 def test_the_compiler_refuses_what_the_function_refuses():
     compiled = torch.compile(fused_nt_xent, fullgraph=True, backend="aot_eager")
     # the compiler may know the number of rows by a name only
@@ -106,11 +130,30 @@ def test_matmul_precision_is_read_as_torch_has_it_also_by_the_compiler():
     read = ntxent._float32_precision
     compiled = torch.compile(lambda x: x + (read() == "ieee"), fullgraph=True, backend="aot_eager")
     assert read() == "ieee" and compiled(torch.zeros(())) == 1
+    on_a_gpu = SimpleNamespace(dtype=torch.float32, is_cuda=True)
     try:
         torch.set_float32_matmul_precision("high")
         assert read() == "tf32"
+        expected = "ieee" if torch.version.hip else "tf32"
+        assert ntxent._dot_precision(on_a_gpu) == expected
+        for other in ({"dtype": torch.float16}, {"is_cuda": False}):
+            assert ntxent._dot_precision(SimpleNamespace(**vars(on_a_gpu) | other)) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert ntxent._dot_precision(on_a_gpu) == "ieee"
+
+
+@pytest.mark.parametrize(("newer", "expected"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_matmul_precision_is_read_from_the_newer_setting_where_torch_mixes_both(
+    newer, expected, monkeypatch
+):
+    def refuse():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    matmul = SimpleNamespace(fp32_precision=newer)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    assert ntxent._float32_precision() == expected
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
@@ -193,6 +236,13 @@ def test_rows_that_are_not_contiguous_are_read_right():
     assert torch.equal(fused_nt_xent(wide[:, ::2], 0.1), fused_nt_xent(wide[:, ::2].clone(), 0.1))
 
 
+def test_activation_checkpointing_computes_the_same_gradient():
+    layer, z = torch.nn.Linear(4, 4), torch.randn(6, 4, requires_grad=True)
+    checkpoint(lambda x: fused_nt_xent(layer(x), 0.5), z, use_reentrant=False).backward()
+    (expected,) = torch.autograd.grad(fused_nt_xent(layer(z), 0.5), z)
+    assert torch.equal(z.grad, expected)
+
+
 def test_second_derivative_raises():
     z = torch.randn(6, 4, requires_grad=True)
     (dz,) = torch.autograd.grad(fused_nt_xent(z, 0.5), z, create_graph=True)
@@ -235,11 +285,21 @@ Z = torch.zeros(4, 3)
         (ValueError, "z must have at least 2 rows .*, got 0", Z[:0], 0.1, {}),
         (ValueError, "z must have at least 1 feature, got 0", Z[:, :0], 0.1, {}),
         (TypeError, "z must be float32, .*, got torch.int64", Z.long(), 0.1, {}),
-        (ValueError, "tau must be a positive finite number, got 0", Z, 0, {}),
-        (ValueError, "tau must be a positive finite number, got -0.5", Z, -0.5, {}),
-        (ValueError, "tau must be a positive finite number, got nan", Z, math.nan, {}),
-        (ValueError, "tau must be a positive finite number, got inf", Z, math.inf, {}),
-        (ValueError, "tau must be a positive finite number, got -2", Z, torch.tensor(-2.0), {}),
+        (ValueError, "tau must be a positive finite number, .*, got 0", Z, 0, {}),
+        (ValueError, "tau must be a positive finite number, .*, got -0.5", Z, -0.5, {}),
+        (ValueError, "tau must be a positive finite number, .*, got nan", Z, math.nan, {}),
+        (ValueError, "tau must be a positive finite number, .*, got inf", Z, math.inf, {}),
+        (ValueError, "tau must be a positive finite number, .*, got -2", Z, torch.tensor(-2.0), {}),
+        (ValueError, r"tau must be .*, 2\^-126 to 2\^127, got 1e-38", Z, 1e-38, {}),
+        (ValueError, r"tau must be .*, 2\^-126 to 2\^127, got 1e\+39", Z, 1e39, {}),
+        (
+            TypeError,
+            "z must be a dense torch.Tensor, got <class 'numpy.ndarray'>",
+            Z.numpy(),
+            1,
+            {},
+        ),
+        (TypeError, "z must be a dense .*, got torch.sparse_coo", Z.to_sparse(), 0.1, {}),
         (ValueError, r"tau must be a scalar tensor, got shape \(4, 3\)", Z, Z, {}),
         (TypeError, "tau must be a floating-point tensor .* torch.int64", Z, torch.tensor(1), {}),
         (ValueError, "on the device of z, cpu, got meta", Z, torch.ones((), device="meta"), {}),
@@ -255,6 +315,8 @@ def test_errors_state_the_rule_and_the_value(error, message, z, tau, kwargs):
 @pytest.mark.parametrize(
     ("error", "message", "negatives"),
     [
+        (TypeError, "be a dense torch.Tensor, got <class 'list'>", Z.tolist()),
+        (TypeError, "be a dense torch.Tensor, got torch.sparse_coo", Z.to_sparse()),
         (TypeError, "the dtype of z, torch.float32, got torch.float64", Z.double()),
         (ValueError, "on the device of z, cpu, got meta", Z.to("meta")),
         (ValueError, r"2-D with at least 1 row and the 3 features .* got shape \(4,\)", Z[:, 0]),

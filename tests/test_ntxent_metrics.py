@@ -48,6 +48,17 @@ def test_ties_count_as_right_and_the_nearest_negative_as_wrong():
     assert wrong.accuracy == 0
 
 
+@pytest.mark.parametrize("length", [100.0, 0.01])
+def test_accuracy_of_dot_products_is_that_of_their_own_size(length):
+    z = torch.tensor([[length, 0.0]]).repeat(2, 1)
+    for further, accuracy in ((0.0, 1), (1e-7, 1), (1e-5, 0), (-1e-5, 1)):
+        negatives = z[:1] * (1 + further)
+        _, metrics = fused_nt_xent(
+            z, 0.5, normalize=False, negatives=negatives, return_metrics=True
+        )
+        assert metrics.accuracy == accuracy
+
+
 def test_a_negative_of_the_queue_can_make_a_row_wrong():
     z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     negatives = torch.tensor([[1.0, 0.1]])

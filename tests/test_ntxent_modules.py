@@ -1,44 +1,21 @@
 """The modules around the loss: drop-in NTXentLoss, the temperature that learns, the queue."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peers import lightly_formula, solo_learn_formula
 from simclr_kernels import LearnableTemperature, NegativeQueue, NTXentLoss, fused_nt_xent
 from simclr_kernels.reference import nt_xent
 
 
-def lightly_formula(z0, z1, temperature):
-    """NTXentLoss of lightly 1.5: four blocks of logits, without their diagonals."""
-    n = len(z0)
-    z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
-    off_diagonal = ~torch.eye(n, dtype=torch.bool)
-    logits_00 = (z0 @ z0.T / temperature)[off_diagonal].view(n, -1)
-    logits_11 = (z1 @ z1.T / temperature)[off_diagonal].view(n, -1)
-    logits_01, logits_10 = z0 @ z1.T / temperature, z1 @ z0.T / temperature
-    logits = torch.cat((torch.cat((logits_01, logits_00), 1), torch.cat((logits_10, logits_11), 1)))
-    return F.cross_entropy(logits, torch.arange(n).repeat(2))
-
-
-def solo_learn_formula(z0, z1, temperature):
-    """simclr_loss_func of solo-learn 1.0.6, whose indexes say which rows are one image."""
-    z = F.normalize(torch.cat((z0, z1)), dim=-1)
-    indexes = torch.arange(len(z0)).repeat(2)
-    e = torch.exp(z @ z.T / temperature)
-    same = indexes[:, None] == indexes
-    positive = same & ~torch.eye(len(z), dtype=torch.bool)
-    pos, neg = (e * positive).sum(1), (e * ~same).sum(1)
-    return -(pos / (pos + neg)).log().mean()
-
-
-def metric_learning_formula(z0, z1, temperature):
+def metric_learning_formula(z, temperature):
     """NTXentLoss of pytorch-metric-learning 2: one term for each pair of rows of one label."""
-    z = F.normalize(torch.cat((z0, z1)))
+    z = F.normalize(z)
     logits = z @ z.T / temperature
-    labels = torch.arange(len(z0)).repeat(2)
+    labels = image_of(z)
     terms = []
     for anchor, positive in (labels[:, None] == labels).fill_diagonal_(False).nonzero():
         negatives = logits[anchor][labels != labels[anchor]]
@@ -47,51 +24,58 @@ def metric_learning_formula(z0, z1, temperature):
     return torch.stack(terms).mean()
 
 
-def installed_peers():
-    """The same losses from the packages themselves, of those that can be imported here."""
-    peers = []
-    with contextlib.suppress(Exception):
-        from lightly.loss import NTXentLoss as Lightly
+def lightly():
+    from lightly.loss import NTXentLoss as Lightly
 
-        peers.append(lambda z0, z1, temperature: Lightly(temperature)(z0, z1))
-    with contextlib.suppress(Exception):
-        from solo.losses.simclr import simclr_loss_func
-
-        peers.append(
-            lambda z0, z1, temperature: simclr_loss_func(
-                torch.cat((z0, z1)), torch.arange(len(z0)).repeat(2), temperature
-            )
-        )
-    with contextlib.suppress(Exception):
-        from pytorch_metric_learning.losses import NTXentLoss as MetricLearning
-
-        peers.append(
-            lambda z0, z1, temperature: MetricLearning(temperature)(
-                torch.cat((z0, z1)), torch.arange(len(z0)).repeat(2)
-            )
-        )
-    return peers
+    return lambda z, temperature: Lightly(temperature)(*z.chunk(2))
 
 
-FORMULAS = [lightly_formula, solo_learn_formula, metric_learning_formula]
+def solo_learn():
+    from solo.losses.simclr import simclr_loss_func
+
+    return lambda z, temperature: simclr_loss_func(z, image_of(z), temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 0.1])
-def test_takes_the_place_of_other_losses_with_the_same_value_and_gradients(temperature):
-    for peer in FORMULAS + installed_peers():
-        assert_same_loss(peer, temperature)
+def metric_learning():
+    from pytorch_metric_learning.losses import NTXentLoss as MetricLearning
+
+    return lambda z, temperature: MetricLearning(temperature)(z, image_of(z))
+
+
+def image_of(z):
+    return torch.arange(len(z) // 2).repeat(2)
 
 
 def assert_same_loss(peer, temperature):
     views = torch.randn(2, 16, 32)
     results = []
-    for loss_of in (NTXentLoss(temperature), lambda z0, z1: peer(z0, z1, temperature)):
+    for loss_of in (NTXentLoss(temperature), lambda *zs: peer(torch.cat(zs), temperature)):
         z0, z1 = (view.clone().requires_grad_() for view in views)
         loss = loss_of(z0, z1)
         loss.backward()
         results.append((loss.detach(), z0.grad, z1.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+@pytest.mark.parametrize("formula", [lightly_formula, solo_learn_formula, metric_learning_formula])
+def test_takes_the_place_of_the_formulas_of_others_with_equal_value_and_gradients(
+    formula, temperature
+):
+    assert_same_loss(formula, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+@pytest.mark.parametrize("package", [lightly, solo_learn, metric_learning])
+def test_takes_the_place_of_the_losses_of_others_with_equal_value_and_gradients(
+    package, temperature
+):
+    try:
+        peer = package()
+    except (ImportError, RuntimeError) as error:  # a package for another torch raises the latter
+        pytest.skip(f"{package.__name__} cannot be imported: {error}")
+    assert_same_loss(peer, temperature)
 
 
 def test_defaults_are_those_of_lightly():
@@ -117,15 +101,27 @@ def test_module_equals_the_function_and_learns_its_temperature():
     assert "LearnableTemperature(temperature=0.2, smallest=0.01)" in repr(learnable)
 
 
+def test_module_repr_reads_no_value_that_is_not_in_memory():
+    module = NTXentLoss(0.2, learnable=True).to("meta")
+    assert "LearnableTemperature(smallest=0.01)" in repr(module)
+
+
+def test_module_takes_more_negatives():
+    z0, z1 = torch.randn(2, 8, 16)
+    negatives = torch.randn(5, 16)
+    loss = fused_nt_xent(torch.cat((z0, z1)), 0.2, negatives=negatives)
+    assert torch.equal(NTXentLoss(0.2)(z0, z1, negatives), loss)
+
+
 def test_gathering_without_a_process_group_is_a_group_of_one():
     z0, z1 = torch.randn(2, 8, 16)
     assert torch.equal(NTXentLoss(gather_distributed=True)(z0, z1), NTXentLoss()(z0, z1))
 
 
 def test_modules_refuse_bad_temperatures_and_views_of_different_shape():
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got 0"):
+    with pytest.raises(ValueError, match="tau must be a positive finite number, .*, got 0"):
         NTXentLoss(0)
-    with pytest.raises(ValueError, match="tau must be a positive finite number, got -1"):
+    with pytest.raises(ValueError, match="tau must be a positive finite number, .*, got -1"):
         LearnableTemperature(0.1, smallest=-1)
     with pytest.raises(ValueError, match="at least the smallest allowed, 0.01, got 0.005"):
         NTXentLoss(0.005, learnable=True)
@@ -142,6 +138,26 @@ def test_temperature_stops_at_the_smallest_and_can_leave_it_again():
         (temperature() / temperature().detach() * gradient).backward()
         optimizer.step()
         assert temperature().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", [0.02, 0.01])
+def test_a_penalty_from_before_and_a_second_call_keep_their_gradient(start):
+    temperature = LearnableTemperature(start)
+    penalty = temperature.log_temperature.square()
+    (penalty + temperature() + temperature()).backward()
+    expected = 2 * math.log(start) + 2 * start
+    assert temperature.log_temperature.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperature_under_the_limit_compiles_to_one_graph_that_sets_it_back():
+    temperature = LearnableTemperature(0.02)
+    compiled = torch.compile(temperature, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        temperature.log_temperature.fill_(-9.0)
+    tau = compiled()
+    tau.backward()
+    assert tau.item() == pytest.approx(0.01) == temperature.log_temperature.grad.item()
+    assert temperature.log_temperature.item() == pytest.approx(math.log(0.01))
 
 
 def test_temperature_starts_where_clip_does_and_moves_with_its_module():

@@ -1,5 +1,6 @@
 """The row blocks of the loss in plain torch, for float64 and for devices without a kernel."""
 
+import contextlib
 import math
 
 import pytest
@@ -83,6 +84,17 @@ def test_autocast_does_not_reach_the_products_of_devices_without_a_kernel():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = by_tiles(z, tau, dloss)
     assert all(map(torch.equal, inside, by_tiles(z, tau, dloss)))
+
+
+def test_row_blocks_do_not_wait_for_a_device_to_derive_a_temperature_that_came_as_a_number(
+    monkeypatch,
+):
+    # meta stands for such a device, which autocast does not know
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    z, stats, dloss = (torch.ones(*shape, device="meta") for shape in ((6, 4), (3, 6), (6,)))
+    tau = torch.tensor(0.1)
+    dz, dtau = ntxent_tiles.row_gradients(dloss, z, tau, None, stats, 6, 0, 6, True)
+    assert dz.shape == (6, 4) and dtau.device.type == "cpu" and dtau.isnan()
 
 
 def test_row_blocks_give_nan_where_the_temperature_is_not_positive():

@@ -1,6 +1,7 @@
 """The GPU kernels of the loss: in Triton's interpreter, or on a GPU.
 
-Their machine code for real GPUs is the matter of test_codegen.py.
+Negatives, metrics and ranks: test_ntxent_triton_features.py; their machine code for real GPUs:
+test_codegen.py.
 """
 
 import math
@@ -10,89 +11,27 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_loss import (
+    DEVICE,
+    assert_close_to_the_reference,
+    by_kernels,
+    by_reference,
+    upstream_of,
+)
+
 from simclr_kernels import (
     ntxent_backward_triton,
     ntxent_products_triton,
-    ntxent_tiles,
     ntxent_triangle_triton,
     ntxent_triton,
 )
-from simclr_kernels.ntxent import fused_nt_xent
-from simclr_kernels.reference import nt_xent, nt_xent_metrics
 from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# exp2 and log2 of a GPU are approximate: a few roundings more than torch's own
-SLACK = 4.0 if DEVICE == "cuda" else 2.0
-
 # numpy in the interpreter sets floating-point flags for lanes it does not use
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def tau_on_device(monkeypatch):
-    """What the launchers do with a temperature that only the device knows, on CPU tensors too."""
-    monkeypatch.setattr(ntxent_triton, "_known", lambda tau: None)
-
-
-def upstream_of(rows):
-    return torch.randn(rows, generator=torch.Generator().manual_seed(1))
-
-
-def by_kernels(
-    z, tau, pairs="halves", normalize=True, precision="ieee", reduction="none", negatives=None
-):
-    """The loss, and gradients in z and tau, from the kernels themselves."""
-    z, tau = z.to(DEVICE), torch.tensor(tau)
-    negatives = None if negatives is None else negatives.to(DEVICE)
-    layout = (pairs, normalize, reduction, precision)
-    loss, _, *kept = ntxent_triton.forward(z, tau, negatives, *layout, False)
-    dloss = upstream_of(len(z)) if reduction == "none" else torch.tensor(1.5)
-    return loss, *ntxent_triton.backward(dloss.to(DEVICE), z, tau, negatives, *kept, *layout)
-
-
-def by_reference(z, tau, reduction="none", **kwargs):
-    z = z.detach().clone().requires_grad_()
-    tau = torch.tensor(tau, dtype=z.dtype if z.dtype == torch.float64 else torch.float32)
-    tau.requires_grad_()
-    loss = nt_xent(z, tau, reduction=reduction, **kwargs)
-    loss.backward((upstream_of(len(z)) if reduction == "none" else torch.tensor(1.5)).to(loss))
-    return loss.detach(), z.grad, tau.grad
-
-
-def size_of_dtau_terms(loss, dloss, tau):
-    """Of the sum over rows that the gradient in tau is, and that cancels."""
-    return (dloss.double().abs() * (loss.double() + 1)).sum() / tau
-
-
-def assert_close_to_the_reference(z, tau, negatives=None, **kwargs):
-    """Loss and gradient as accurate as torch's; the gradient in tau if the kernels return it."""
-    loss, dz, dtau = by_kernels(z, tau, negatives=negatives, **kwargs)
-    kwargs.pop("precision", None)
-    same_dtype = by_reference(z, tau, negatives=negatives, **kwargs)
-    exact = None if negatives is None else negatives.double()
-    truth = by_reference(z.double(), tau, negatives=exact, **kwargs)
-    if tau < 0.01:
-        # a logit of 200 is rounded by 1e-5 before its exponential is taken
-        assert (loss.cpu() - truth[0]).norm() <= 5e-5 * truth[0].norm()
-        assert (dz.cpu() - truth[1]).norm() <= 2e-5 * truth[1].norm()
-    else:
-        assert_as_accurate_as(loss, same_dtype[0], truth[0], SLACK)
-        if z.shape[1] > 1:
-            assert_as_accurate_as(dz, same_dtype[1], truth[1], SLACK)
-    if not dtau.isnan():
-        each = kwargs.get("reduction", "none") == "none"
-        dloss = upstream_of(len(z)) if each else torch.tensor(1.5)
-        allowed = 2e-6 * size_of_dtau_terms(truth[0], dloss, tau)
-        assert (dtau.cpu() - truth[2]).abs() <= allowed
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("fresh_memory_holds_nan"),
+]
 
 
 @pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.regime)
@@ -194,80 +133,6 @@ def test_products_take_rows_in_blocks(weights_bytes, negatives, monkeypatch, tau
     for pairs in ("halves", "interleaved"):
         z = LossCase("", 70, 150, 0.1, "pairs").z()
         assert_close_to_the_reference(z, 0.1, negatives=extra, pairs=pairs)
-
-
-@pytest.mark.parametrize("tau", [0.1, 0.005])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("extras", [1, 32, 70])
-def test_negatives_count_in_every_row_and_twice_in_dtau(tau, normalize, extras, tau_on_device):
-    scale = 1.0 if normalize else 0.2 * tau**0.5
-    z = LossCase("", 34, 33, tau, "pairs").z() * scale
-    negatives = LossCase("", extras, 33, tau).z(seed=7) * scale if extras > 1 else z[:1] + 1
-    assert_close_to_the_reference(z, tau, negatives=negatives, normalize=normalize)
-    assert_close_to_the_reference(
-        z, tau, negatives=negatives, normalize=normalize, pairs="interleaved", reduction="mean"
-    )
-
-
-@pytest.mark.parametrize("tau", [0.5, 0.005])
-@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
-@pytest.mark.parametrize("extras", [0, 40])
-def test_metrics_equal_those_of_row_blocks(tau, pairs, extras):
-    z = LossCase("", 70, 33, tau, "pairs").z()
-    negatives = LossCase("", extras, 33, tau).z(seed=7) if extras else None
-    layout = (pairs, True, "mean", "ieee")
-    on_device = [None if x is None else x.to(DEVICE) for x in (z, negatives)]
-    loss, metrics, *_ = ntxent_triton.forward(
-        on_device[0], torch.tensor(tau), on_device[1], *layout, True
-    )
-    exact = [None if x is None else x.double() for x in (z, negatives)]
-    span = 70 if pairs == "halves" else 2
-    *_, expected = ntxent_tiles.negative_sums(
-        exact[0], torch.tensor(tau), exact[1], span, 0, 70, True, True
-    )
-    torch.testing.assert_close(metrics.cpu().double(), expected, rtol=2e-5, atol=2e-5)
-    plain = ntxent_triton.forward(on_device[0], torch.tensor(tau), on_device[1], *layout, False)[0]
-    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
-    entropy = nt_xent_metrics(exact[0], tau, pairs=pairs, negatives=exact[1])[1]
-    assert metrics[2].mean().item() == pytest.approx(entropy.item(), rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
-@pytest.mark.parametrize("tau", [0.1, 0.005])
-def test_the_rows_of_ranks_have_the_gradients_of_the_whole(ranks, pairs, tau, tau_on_device):
-    count = 26
-    local = [LossCase("", count, 33, tau, "pairs").z(seed=rank) for rank in range(ranks)]
-    z = torch.cat(local).to(DEVICE)
-    span = count if pairs == "halves" else 2
-    tau_tensor = torch.tensor(tau)
-    asked = [(rank * count, count) for rank in range(ranks)]
-    sums = [
-        ntxent_triton.negative_sums(z, tau_tensor, None, span, *rows, True, False, precision="ieee")
-        for rows in asked
-    ]
-    top, mass = (torch.cat([part[k] for part in sums]) for k in (0, 1))
-    loss, stats = ntxent_triton.finish_rows(z, tau_tensor, top, mass, span, True, precision="ieee")
-    dloss = upstream_of(len(z))
-    parts = [
-        ntxent_triton.row_gradients(
-            dloss.to(DEVICE), z, tau_tensor, None, stats, span, *rows, True, precision="ieee"
-        )
-        for rows in asked
-    ]
-    # the whole: all views 0, then all views 1
-    image = torch.arange(len(z)).view(-1, 2, span // 2).transpose(0, 1).reshape(-1)
-    exact = z.cpu().double()[image].requires_grad_()
-    exact_tau = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
-    truth = nt_xent(exact, exact_tau, reduction="none")
-    truth.backward(dloss.double()[image])
-    torch.testing.assert_close(loss.cpu().double()[image], truth.detach(), rtol=2e-5, atol=1e-6)
-    dz = torch.cat([part[0] for part in parts]).cpu().double()[image]
-    bound = 2e-5 if tau > 0.01 else 1e-4
-    assert (dz - exact.grad).norm() <= bound * exact.grad.norm()
-    dtau = sum(part[1].cpu().double() for part in parts)
-    allowed = 2e-6 * size_of_dtau_terms(truth.detach(), dloss[image], tau)
-    assert (dtau - exact_tau.grad).abs() <= allowed
 
 
 HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -412,41 +277,3 @@ def test_what_is_kept_has_the_shapes_that_are_promised():
         )[2:]
         shapes = ntxent_triton.kept_shapes(rows, features)
         assert [tuple(x.shape) for x in kept] == list(shapes)
-
-
-@pytest.mark.gpu
-def test_public_function_on_a_gpu_follows_the_matmul_precision_and_captures_into_a_graph():
-    z = LossCase("", 130, 128, 0.1, "pairs").z().cuda().requires_grad_()
-    tau = torch.tensor(0.1, device="cuda", requires_grad=True)
-    exact_z = z.detach().cpu().double().requires_grad_()
-    exact_tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    truth = nt_xent(exact_z, exact_tau)
-    truth.backward()
-    precision_before = torch.get_float32_matmul_precision()
-    try:
-        for precision, bound in (("highest", 1e-5), ("high", 1e-2)):
-            torch.set_float32_matmul_precision(precision)
-            z.grad = tau.grad = None
-            loss = fused_nt_xent(z, tau)
-            loss.backward()
-            assert abs(loss.item() - truth) <= bound * truth
-            assert (z.grad.cpu() - exact_z.grad).norm() <= bound * exact_z.grad.norm()
-            assert abs(tau.grad.cpu() - exact_tau.grad) <= bound * (truth + 1) / 0.1
-    finally:
-        torch.set_float32_matmul_precision(precision_before)
-
-    def step():
-        z.grad = tau.grad = None
-        loss = fused_nt_xent(z, tau)
-        loss.backward()
-        return loss
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        expected = step().item()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert captured.item() == expected

@@ -8,13 +8,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_ntxent_triton import DEVICE, assert_close_to_the_reference, by_kernels, by_reference
+from triton_loss import DEVICE, assert_close_to_the_reference, by_kernels, by_reference
 
 from simclr_kernels import ntxent_rows_triton, ntxent_triton
 from simclr_kernels.ntxent_tile_table import TABLES, WHOLE, choose
 from simclr_kernels.testing import LossCase
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("fresh_memory_holds_nan"),
+]
 
 # what each has of its own: tiles taller than wide, chunks, products
 CASES = [

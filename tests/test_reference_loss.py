@@ -78,6 +78,35 @@ def test_nearest_counts_ties_to_rounding_as_right():
     assert is_nearest(pos, largest, 0.1, True).tolist() == [True, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("size", "gap", "right"),
+    [
+        (1e4, 0.0, True),
+        (1e4, 1e-3, True),
+        (1e4, 1.0, False),
+        (1e4, -1.0, True),
+        (1e-4, 0.0, True),
+        (1e-4, 1e-11, True),
+        (1e-4, 1e-8, False),
+        (1e-4, -1e-8, True),
+    ],
+)
+def test_nearest_of_dot_products_rounds_like_their_size(size, gap, right):
+    tau = 0.5
+    pos, largest = (torch.tensor([x / tau], dtype=torch.float64) for x in (size, size + gap))
+    assert is_nearest(pos, largest, tau, normalize=False).tolist() == [right]
+
+
+@pytest.mark.parametrize(("gap", "right"), [(9e-7, True), (1e-6, False), (-1e-6, True)])
+@pytest.mark.parametrize("tau", [2.0, 0.1, 0.005])
+@pytest.mark.parametrize("similarity", [1e-4, 0.9])
+def test_nearest_of_unit_rows_rounds_like_one_at_any_similarity(similarity, tau, gap, right):
+    pos, largest = (
+        torch.tensor([x / tau], dtype=torch.float64) for x in (similarity, similarity + gap)
+    )
+    assert is_nearest(pos, largest, tau, normalize=True).tolist() == [right]
+
+
 def golden_case(k):
     golden = np.load(shared_path("golden/nt_xent.npz"))
     return {
