@@ -34,6 +34,7 @@ class Case(NamedTuple):
 
 
 CPU_CASES = (
+    Case(Size(128, 128, FLOAT32), ALL),
     Case(Size(512, 128, FLOAT32), ALL + CUBIC),
     Case(Size(1024, 128, FLOAT32), ALL),
     Case(Size(2048, 128, FLOAT32), ALL),

@@ -3,16 +3,29 @@
 import re
 from pathlib import Path
 
+import torch
+
+from simclr_kernels import NegativeQueue, fused_nt_xent
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs_as_written(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = EXAMPLES
     assert len([line for line in example.splitlines() if line]) <= 20
     exec(compile(example, "README.md", "exec"), {})
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < losses[0]
+
+
+def test_the_lines_on_the_loss_run_as_written():
+    _, example = EXAMPLES
+    queue = NegativeQueue(16, 8)
+    queue.push(torch.randn(4, 8))
+    names = {"fused_nt_xent": fused_nt_xent, "z": torch.randn(6, 8), "tau": 0.1, "queue": queue}
+    exec(compile(example, "README.md", "exec"), names | {"group": None})
 
 
 def test_files_it_links_to_exist():
