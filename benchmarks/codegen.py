@@ -158,9 +158,6 @@ def launches(target: str, call: Call) -> list[Launch]:
     def note(kernel, *args, grid, warmup, **given):
         found.append(specialise(target, call, kernel, args, given))
 
-    def product(w, rows):
-        return torch.empty(len(w), rows.shape[1])
-
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(ntxent_rows_triton, "architecture_of", lambda device: target),

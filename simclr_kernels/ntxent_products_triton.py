@@ -35,6 +35,7 @@ def _ntxent_weights_kernel(
     rates_ptr,  # (3, 2 * padded) float32: rate, top
     tau,
     w_ptr,  # (blocks of rows * BLOCK_M, columns) in the dtype of the rows, out
+    arrived_ptr,  # () int32, out: 0
     padded,
     columns,
     first_row,  # of the run, in view-by-view rows of `stride` a view
@@ -93,9 +94,10 @@ def _ntxent_weights_kernel(
         image_n = row_n % padded + offs_n
         w = tl.where(image_m[:, None] != image_n[None, :], w, 0.0)
     at = (block * BLOCK_M + offs_m).to(tl.int64)[:, None] * columns
-    tl.store(
-        w_ptr + at + (row_n + offs_n)[None, :], as_operand(w, w_ptr.dtype.element_ty, PRECISION)
-    )
+    w = as_operand(w, w_ptr.dtype.element_ty, PRECISION)
+    tl.store(w_ptr + at + (row_n + offs_n)[None, :], w)
+    if (row_n == 0) & (block == 0):
+        tl.store(arrived_ptr, 0)
 
 
 def launch_products(batch: Batch, rates: Rates, exponent: float) -> tuple[Tensor, Tensor | None]:
@@ -108,20 +110,22 @@ def launch_products(batch: Batch, rates: Rates, exponent: float) -> tuple[Tensor
     columns = 2 * rows.padded
     block = WEIGHTS_BYTES // (columns * rows.unit.element_size())
     block = max(block // tiles.BLOCK_M, 1) * tiles.BLOCK_M
+    arrived = torch.empty((), dtype=torch.int32, device=batch.z.device)
     down = 2.0**-exponent
     for first in range(0, 2 * stride, block):
         run = slice(first, min(first + block, 2 * stride))
-        w = _launch_weights(batch, rates, tiles, stride, run, exponent, rows)
-        torch.mul(_product(w, rows.unit[:columns]), down, out=sum_w[0, run])
+        w = _launch_weights(batch, rates, tiles, stride, run, exponent, rows, arrived)
+        _multiply(w, rows.unit[:columns], down, out=sum_w[0, run])
         if batch.negatives:
             del w
-            w = _launch_weights(batch, rates, tiles, stride, run, exponent, batch.negatives)
-            added = _product(w, batch.negatives.unit[: w.shape[1]]) * down
+            extra = batch.negatives
+            w = _launch_weights(batch, rates, tiles, stride, run, exponent, extra, arrived)
+            added = torch.empty_like(sum_w[0, run])
+            _multiply(w, extra.unit[: w.shape[1]], down, out=added)
             sum_w[0, run] += added
             extra_along[0, run] = (added * _stretched_rows(batch, stride, run)).sum(1)
         # before the next block is made
         del w
-    arrived = torch.zeros((), dtype=torch.int32, device=batch.z.device)
     return launch_finish(batch, rates, sum_w, extra_along, arrived)
 
 
@@ -133,8 +137,12 @@ def _launch_weights(
     run: slice,
     exponent: float,
     columns: UnitRows,
+    arrived: Tensor,
 ) -> Tensor:
-    """(rows of the run, columns) weights in the dtype of the rows, all of `columns` or all rows."""
+    """(rows of the run, columns) weights in the dtype of the rows; columns are all rows or others.
+
+    Sets arrived to 0.
+    """
     rows = batch.rows
     width = columns.unit.shape[0] - PADDING
     w = rows.unit.new_empty(run.stop - run.start, width)
@@ -146,6 +154,7 @@ def _launch_weights(
         rates.rows,
         batch.tau,
         w,
+        arrived,
         rows.padded,
         width,
         run.start,
@@ -169,14 +178,15 @@ def _launch_weights(
     return w
 
 
-def _product(w: Tensor, rows: Tensor) -> Tensor:
-    """w @ rows, summed in float32; float32 operands follow torch's switch as they find it."""
+def _multiply(w: Tensor, rows: Tensor, down: float, out: Tensor) -> None:
+    """out = down w @ rows, summed in float32; float32 operands follow torch's switch as it is."""
     if w.dtype == torch.float32:
-        # autocast leaves alone what has an output
-        return torch.mm(w, rows, out=w.new_empty(len(w), rows.shape[1]))
-    if w.is_cuda:
-        return torch.mm(w, rows, out_dtype=torch.float32)
-    return w.float() @ rows.float()
+        # down is 1; autocast leaves alone what has an output
+        torch.mm(w, rows, out=out)
+    elif w.is_cuda:
+        torch.mul(torch.mm(w, rows, out_dtype=torch.float32), down, out=out)
+    else:
+        torch.mul(w.float() @ rows.float(), down, out=out)
 
 
 def _stretched_rows(batch: Batch, stride: int, run: slice) -> Tensor:
