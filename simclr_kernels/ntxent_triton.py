@@ -36,6 +36,7 @@ from simclr_kernels.ntxent_sums_triton import launch_rows
 from simclr_kernels.ntxent_tile_table import PADDING
 from simclr_kernels.ntxent_tiles import is_bounded
 from simclr_kernels.ntxent_triangle_triton import launch_triangle
+from simclr_kernels.reference import span_of
 
 
 def kept_shapes(rows: int, features: int) -> tuple[tuple[int, int], ...]:
@@ -84,10 +85,6 @@ def _batch(
     return batch, arrived
 
 
-def _half(pairs: str, rows: int) -> int:
-    return rows // 2 if pairs == "halves" else 1
-
-
 def forward(
     z: Tensor,
     tau: Tensor,
@@ -100,7 +97,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, stats, unit, lengths): the operator `ntxent`. See fused_nt_xent."""
     images = range(len(z) // 2)
-    half = _half(pairs, len(z))
+    half = span_of(len(z), pairs) // 2
     batch, arrived = _batch(z, tau, negatives, half, images, normalize, precision)
     if batch.logits == RUNNING.value or negatives is not None or with_metrics:
         partial = batch.pos.new_empty(1, 2 * batch.rows.padded)
@@ -129,7 +126,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dz, dtau): the operator `ntxent_backward`. See fused_nt_xent."""
     images = range(len(z) // 2)
-    half = _half(pairs, len(z))
+    half = span_of(len(z), pairs) // 2
     stats, *kept = (x.contiguous() for x in (stats, unit, lengths))
     batch, _ = _batch(z, tau, negatives, half, images, normalize, precision, kept)
     dloss = dloss.detach().float().contiguous()

@@ -40,7 +40,18 @@ def value_and_gradient(loss, z):
     return value.detach(), *torch.autograd.grad(value, z)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "compile"])
+# each of these has kernels for a GPU only
+ON_A_GPU = ("inf-cl", "cce")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.gpu) if name in ON_A_GPU else name
+        for name in PEERS
+        if name != "compile"
+    ],
+)
 def test_every_peer_computes_nt_xent(name):
     try:
         peer = PEERS[name]()
