@@ -22,7 +22,7 @@ lint: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf,dali,kornia]'
 	touch $@
 
 $(PEERS): $(READY)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_kernels.augment import PackedImages
 from simclr_kernels.data import DecodeError, ImageSource
+from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines.quarantine import Quarantine
 
 CHUNK = 8  # images per task of a decoding thread

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_kernels.augment import PackedImages, two_views
+from simclr_kernels.augment import two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import ImageSource
+from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines import Batch, Pipeline
 from simclr_kernels.pipelines.decoding import DecodedBatches
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from simclr_kernels import __version__
-from simclr_kernels.augment import PackedImages, two_views
+from simclr_kernels.augment import two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.checkpoint import write_atomically
 from simclr_kernels.config import TrainConfig, ViewsConfig
@@ -36,6 +36,7 @@ from simclr_kernels.evaluate import (
     linear_probe,
 )
 from simclr_kernels.models import SimCLR, build_encoder, projection_head
+from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.report import save_curves
 from simclr_kernels.report_pictures import save_embedding, save_gallery

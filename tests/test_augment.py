@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from simclr_kernels import reference
-from simclr_kernels.augment import PackedImages, augment, two_views
+from simclr_kernels.augment import augment, two_views
 from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.params import AugmentParams, sample_params
 
 # the package's attribute of that name is the function

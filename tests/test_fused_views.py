@@ -14,7 +14,7 @@ import torch
 from conftest import shared_path
 from pipeline_contract import SIDE, N, PipelineContract, assert_same_batches, folder, threads
 
-from simclr_kernels.augment import PackedImages, two_views
+from simclr_kernels.augment import two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import (
     ArrayImages,
@@ -24,6 +24,7 @@ from simclr_kernels.data import (
     Subset,
     open_source,
 )
+from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines import epoch_order
 from simclr_kernels.pipelines.decoding import PixelCache
 from simclr_kernels.pipelines.fused_views import FusedViews
