@@ -17,7 +17,7 @@ RADII = tl.constexpr(16)
 
 @triton.jit
 def _exponent(sigma):
-    """-log2(e) / (2 sigma^2): the weight at distance k is 2 to k^2 of it; -inf if sigma vanishes."""
+    """-log2(e) / (2 sigma^2): a tap at distance k weighs 2 to k^2 of it. -inf if sigma vanishes."""
     return -0.7213475204444817 / (sigma * sigma)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from simclr_kernels.augment_color_triton import contrast_position, gray_and_clip, jitter
-from simclr_kernels.augment_store_triton import as_float, keep, write
+from simclr_kernels.augment_store_triton import MAGIC, MAGIC_BITS, keep, write
 from simclr_kernels.reference import KEYS_A, POSITION_BITS
 
 BITS = tl.constexpr(POSITION_BITS)
@@ -105,7 +105,8 @@ def _byte(w0, w1, w2, i: tl.constexpr):
         word = w2
     elif i >= 4:
         word = w1
-    return as_float(((word >> (i % 4 * 8)) & 0xFF).to(tl.int32))
+    whole = ((word >> (i % 4 * 8)) & 0xFF) | MAGIC_BITS
+    return whole.to(tl.float32, bitcast=True) - MAGIC
 
 
 @triton.jit
@@ -205,9 +206,9 @@ def _crop_kernel(
     sum_b = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, STRIP, ROWS):
         y = tile // ACROSS * STRIP + start + tl.arange(0, ROWS)
-        position = _position(y, height, SIZE)
-        first = (position >> BITS) - 1
-        y0, y1, y2, y3 = _taps(position, first, height)
+        down = _position(y, height, SIZE)
+        first = (down >> BITS) - 1
+        y0, y1, y2, y3 = _taps(down, first, height)
         r = tl.zeros((ROWS, COLUMNS), tl.float32)
         g = tl.zeros((ROWS, COLUMNS), tl.float32)
         b = tl.zeros((ROWS, COLUMNS), tl.float32)

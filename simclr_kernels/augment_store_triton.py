@@ -12,16 +12,11 @@ import triton
 import triton.language as tl
 
 STEPS = tl.constexpr(32768.0)  # in a unit of 1.0
-# float32 between 2^23 and 2^24 are whole numbers: their low bits are the number
+# with these bits on top a whole number under 2^23 is the float32 that exceeds it by 2^23: a bit
+# operation and a subtraction convert it, which are cheaper than a conversion
 MAGIC = tl.constexpr(8388608.0)
 MAGIC_BITS = tl.constexpr(0x4B000000)
 ZERO_CODE = tl.constexpr(16384)
-
-
-@triton.jit
-def as_float(whole):
-    """float32 of int32 in [0, 2^23): two cheap instructions, where a conversion takes eight."""
-    return (whole | MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
 
 
 @triton.jit
@@ -39,7 +34,8 @@ def kept(ptrs, mask):
     """float32 that `keep` stored, 0 where masked off."""
     if ptrs.dtype.element_ty == tl.int16:
         code = tl.load(ptrs, mask=mask, other=ZERO_CODE).to(tl.int32) & 0xFFFF
-        value = (as_float(code) - ZERO_CODE) * (1 / STEPS)
+        value = (code | MAGIC_BITS).to(tl.float32, bitcast=True)
+        value = (value - (MAGIC + ZERO_CODE)) * (1 / STEPS)
     else:
         value = tl.load(ptrs, mask=mask, other=0.0)
     return value
