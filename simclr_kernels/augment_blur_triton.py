@@ -9,68 +9,93 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simclr_kernels.augment_store_triton import clip, keep, kept, write
+from simclr_kernels.augment_store_triton import (
+    a_step,
+    clip,
+    keep_steps,
+    kept_steps,
+    two_kept_steps,
+    write,
+)
 
 REACH = tl.constexpr(5.5)  # of the taps, in sigma
 RADII = tl.constexpr(16)
+COLUMNS = tl.constexpr(32)  # of a tile: one warp reads neighbours
 
 
 @triton.jit
-def _exponent(sigma):
-    """-log2(e) / (2 sigma^2): a tap at distance k weighs 2 to k^2 of it. -inf if sigma vanishes."""
-    return -0.7213475204444817 / (sigma * sigma)
+def taps_of(sigma, RADIUS: tl.constexpr):
+    """(number of taps on either side, weight of the middle one, exponent).
 
-
-@triton.jit
-def _taps(sigma, RADIUS: tl.constexpr):
-    """(number of taps on either side, weight of the middle one)."""
+    A tap at distance k weighs 2^(exponent k^2) of the middle one; a vanishing sigma makes it -inf.
+    """
+    # -log2(e) / 2
+    exponent = -0.7213475204444817 / (sigma * sigma)
     total = 1.0
-    exponent = _exponent(sigma)
     for start in tl.static_range(1, RADIUS + 1, RADII):
         k = start + tl.arange(0, RADII)
         total += 2.0 * tl.sum(tl.where(k <= RADIUS, tl.exp2(exponent * (k * k)), 0.0))
     reach = tl.minimum(tl.ceil(sigma * REACH), RADIUS)
-    return reach.to(tl.int32), 1.0 / total
+    return reach.to(tl.int32), 1.0 / total, exponent
+
+
+@triton.jit
+def _blurred_along_x(
+    from_ptrs, inside, x, reach, middle, exponent, SIZE: tl.constexpr, EDGE: tl.constexpr
+):
+    """A tile of pixels in steps; only at an EDGE taps may lie outside of the view."""
+    total = kept_steps(from_ptrs, inside & (x < SIZE)) * middle
+    for k in range(1, reach + 1):
+        left = inside
+        right = inside
+        if EDGE:
+            left = inside & (x >= k) & (x < SIZE + k)
+            right = inside & (x < SIZE - k)
+        near = two_kept_steps(from_ptrs - k, left, from_ptrs + k, right)
+        total += near * (tl.exp2(exponent * (k * k)) * middle)
+    return total
 
 
 @triton.jit
 def blur_rows(
     from_ptr,  # one channel of the rows, kept
     to_ptr,  # the same rows, kept, out
-    pixels,
-    sigma,
+    rows,
+    taps,  # see taps_of
     SIZE: tl.constexpr,
     RADIUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Blurs whole rows along x."""
-    reach, middle = _taps(sigma, RADIUS)
-    exponent = _exponent(sigma)
-    for start in range(0, pixels, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < pixels
-        x = offs % SIZE
-        total = kept(from_ptr + offs, mask) * middle
-        for k in range(1, reach + 1):
-            weight = tl.exp2(exponent * (k * k)) * middle
-            near = kept(from_ptr + offs - k, mask & (x >= k))
-            near += kept(from_ptr + offs + k, mask & (x < SIZE - k))
-            total += weight * near
-        keep(to_ptr + offs, total, mask)
+    reach, middle, exponent = taps
+    for start_y in range(0, rows, BLOCK // COLUMNS):
+        y = start_y + tl.arange(0, BLOCK // COLUMNS)
+        inside = (y < rows)[:, None]
+        for start_x in range(0, SIZE, COLUMNS):
+            # a thread that had neighbours would read them in as many lines of the cache
+            x = tl.max_contiguous(start_x + tl.arange(0, COLUMNS), 1)[None, :]
+            offs = (y * SIZE)[:, None] + x
+            if start_x >= RADIUS and start_x + COLUMNS + RADIUS <= SIZE:
+                total = _blurred_along_x(
+                    from_ptr + offs, inside, x, reach, middle, exponent, SIZE, False
+                )
+            else:
+                total = _blurred_along_x(
+                    from_ptr + offs, inside, x, reach, middle, exponent, SIZE, True
+                )
+            keep_steps(to_ptr + offs, total, inside & (x < SIZE))
 
 
 @triton.jit
-def _blur_columns(from_ptr, offs, mask, y, sigma, SIZE: tl.constexpr, RADIUS: tl.constexpr):
-    """One channel of pixels, blurred along y and clipped."""
-    reach, middle = _taps(sigma, RADIUS)
-    exponent = _exponent(sigma)
-    total = kept(from_ptr + offs, mask) * middle
+def _blurred_along_y(from_ptrs, mask, y, taps, SIZE: tl.constexpr):
+    """One channel of pixels, clipped."""
+    reach, middle, exponent = taps
+    total = kept_steps(from_ptrs, mask) * middle
     for k in range(1, reach + 1):
-        weight = tl.exp2(exponent * (k * k)) * middle
-        near = kept(from_ptr + offs - k * SIZE, mask & (y >= k))
-        near += kept(from_ptr + offs + k * SIZE, mask & (y < SIZE - k))
-        total += weight * near
-    return clip(total)
+        above, below = mask & (y >= k), mask & (y < SIZE - k)
+        near = two_kept_steps(from_ptrs - k * SIZE, above, from_ptrs + k * SIZE, below)
+        total += near * (tl.exp2(exponent * (k * k)) * middle)
+    return clip(total * a_step(from_ptrs))
 
 
 @triton.jit
@@ -102,9 +127,11 @@ def _blur_kernel(
         stage_ptr += view.to(tl.int64) * (3 * PLANE)
         views_ptr += view.to(tl.int64) * (3 * PLANE)
         solarize = tl.load(solarize_ptr + view)
-        r = _blur_columns(stage_ptr, offs, mask, y, sigma, SIZE, RADIUS)
-        g = _blur_columns(stage_ptr + PLANE, offs, mask, y, sigma, SIZE, RADIUS)
-        b = _blur_columns(stage_ptr + 2 * PLANE, offs, mask, y, sigma, SIZE, RADIUS)
+        taps = taps_of(sigma, RADIUS)
+        stage_ptrs = stage_ptr + offs
+        r = _blurred_along_y(stage_ptrs, mask, y, taps, SIZE)
+        g = _blurred_along_y(stage_ptrs + PLANE, mask, y, taps, SIZE)
+        b = _blurred_along_y(stage_ptrs + 2 * PLANE, mask, y, taps, SIZE)
         write(
             views_ptr,
             offs,

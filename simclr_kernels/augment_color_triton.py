@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simclr_kernels.augment_blur_triton import blur_rows
+from simclr_kernels.augment_blur_triton import blur_rows, taps_of
 from simclr_kernels.augment_store_triton import clip, keep, kept, write
 from simclr_kernels.reference import GRAY_WEIGHTS, SPAN_FLOOR
 
@@ -217,12 +217,13 @@ def _color_kernel(
             )
     if blurred:
         tl.debug_barrier()
+        taps = taps_of(sigma, RADIUS)
         for channel in range(3):
             blur_rows(
                 scratch_ptr + channel * scratch_plane,
                 stage_ptr + first_pixel + channel * PLANE,
-                pixels,
-                sigma,
+                pixels // SIZE,
+                taps,
                 SIZE,
                 RADIUS,
                 BLOCK,

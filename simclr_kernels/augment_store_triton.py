@@ -23,22 +23,55 @@ ZERO_CODE = tl.constexpr(16384)
 def keep(ptrs, value, mask):
     """Stores values in [-0.5, 1.5) to be loaded by `kept`."""
     if ptrs.dtype.element_ty == tl.int16:
-        code = value * STEPS + (MAGIC + ZERO_CODE)
-        tl.store(ptrs, code.to(tl.int32, bitcast=True).to(tl.int16), mask=mask)
+        value = value * STEPS
+    keep_steps(ptrs, value, mask)
+
+
+@triton.jit
+def keep_steps(ptrs, steps, mask):
+    """The same, of values in steps."""
+    if ptrs.dtype.element_ty == tl.int16:
+        code = (steps + (MAGIC + ZERO_CODE)).to(tl.int32, bitcast=True)
+        tl.store(ptrs, code.to(tl.int16), mask=mask)
     else:
-        tl.store(ptrs, value, mask=mask)
+        tl.store(ptrs, steps, mask=mask)
 
 
 @triton.jit
 def kept(ptrs, mask):
     """float32 that `keep` stored, 0 where masked off."""
+    return kept_steps(ptrs, mask) * a_step(ptrs)
+
+
+@triton.jit
+def a_step(ptrs):
+    """What one step of `kept_steps` is."""
+    if ptrs.dtype.element_ty == tl.int16:
+        return 1 / STEPS
+    else:
+        return 1.0
+
+
+@triton.jit
+def kept_steps(ptrs, mask):
+    """The same in steps, as float32."""
     if ptrs.dtype.element_ty == tl.int16:
         code = tl.load(ptrs, mask=mask, other=ZERO_CODE).to(tl.int32) & 0xFFFF
-        value = (code | MAGIC_BITS).to(tl.float32, bitcast=True)
-        value = (value - (MAGIC + ZERO_CODE)) * (1 / STEPS)
+        return (code | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + ZERO_CODE)
     else:
-        value = tl.load(ptrs, mask=mask, other=0.0)
-    return value
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def two_kept_steps(ptrs, mask, other_ptrs, other_mask):
+    """The sum of two, in steps: of whole numbers, which takes one conversion."""
+    if ptrs.dtype.element_ty == tl.int16:
+        code = tl.load(ptrs, mask=mask, other=ZERO_CODE).to(tl.int32) & 0xFFFF
+        code += tl.load(other_ptrs, mask=other_mask, other=ZERO_CODE).to(tl.int32) & 0xFFFF
+        return (code + MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 2 * ZERO_CODE)
+    else:
+        total = tl.load(ptrs, mask=mask, other=0.0)
+        return total + tl.load(other_ptrs, mask=other_mask, other=0.0)
 
 
 @triton.jit

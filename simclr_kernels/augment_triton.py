@@ -93,7 +93,7 @@ def fill_two_views(
                 for view in range(2)
             ]
         )
-    fill_views(views, images, params, config)
+    _launch(views, images, params, config, any(config.blur))
 
 
 def draws(config: AugmentConfig) -> bool:
@@ -116,10 +116,22 @@ def fill_views(
     params are of V views: of the B images, or of all of them several times over. A view's order
     must be a permutation of the four operations.
     """
+    _launch(views, images, params, config, True)
+
+
+def _launch(
+    views: Tensor,
+    images: Tensor | PackedImages,
+    params: AugmentParams,
+    config: AugmentConfig,
+    blurs: bool,
+) -> None:
+    """The passes; without the last one where no view is known to have a blur."""
     count = len(params)
     if count == 0:
         return
-    size, tiles, radius = config.size, tiles_for(config.size), config.size // 10 // 2
+    size, tiles = config.size, tiles_for(config.size)
+    radius = size // 10 // 2 if blurs else 0
     channels_last = not views.is_contiguous()
     stage_dtype = torch.float32 if views.dtype == torch.float32 else torch.int16
     across, down = triton.cdiv(size, tiles.COLUMNS), triton.cdiv(size, tiles.STRIP)
