@@ -137,6 +137,7 @@ def _color_kernel(
     TILES_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLUR_BLOCK: tl.constexpr,
 ):
     """Contrast and what follows it, for ROWS rows of a view, BLOCK pixels at a time.
 
@@ -226,5 +227,5 @@ def _color_kernel(
                 taps,
                 SIZE,
                 RADIUS,
-                BLOCK,
+                BLUR_BLOCK,
             )

@@ -204,8 +204,9 @@ def _crop_kernel(
     sum_r = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_g = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_b = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, STRIP, ROWS):
-        y = tile // ACROSS * STRIP + start + tl.arange(0, ROWS)
+    first_y = tile // ACROSS * STRIP
+    for start_y in range(first_y, tl.minimum(first_y + STRIP, SIZE), ROWS):
+        y = start_y + tl.arange(0, ROWS)
         down = _position(y, height, SIZE)
         first = (down >> BITS) - 1
         y0, y1, y2, y3 = _taps(down, first, height)

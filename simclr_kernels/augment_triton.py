@@ -41,14 +41,14 @@ class Tiles(NamedTuple):
     color_rows: int
     color_block: int  # pixels at a time
     color_warps: int
-    blur_block: int
+    blur_block: int  # pixels at a time, along x and along y
     blur_warps: int
 
 
 TILES = [
     Tiles(16, True, 16, 16, 16, 2, 16, 256, 2, 256, 2),
-    Tiles(32, True, 32, 32, 32, 8, 32, 1024, 4, 1024, 4),
-    Tiles(1 << 30, False, 32, 16, 32, 4, 32, 1024, 4, 1024, 4),
+    Tiles(32, True, 32, 32, 32, 8, 32, 512, 4, 1024, 4),
+    Tiles(1 << 30, False, 64, 16, 32, 4, 32, 512, 4, 1024, 4),
 ]
 
 
@@ -198,6 +198,7 @@ def _launch(
             TILES_PADDED=triton.next_power_of_2(across * down),
             ROWS=tiles.color_rows,
             BLOCK=tiles.color_block,
+            BLUR_BLOCK=tiles.blur_block,
             num_warps=tiles.color_warps,
             enable_fp_fusion=True,
         )

@@ -198,8 +198,7 @@ def test_views_are_those_of_tensorflow(golden, one_tile):  # noqa: F811
 
 SAMPLED = {
     "simclr": AugmentConfig.simclr(),
-    "byol": AugmentConfig.byol(),
-    "whole": AugmentConfig(crop=False, brightness_mode="add"),
+    "byol, whole images": replace(AugmentConfig.byol(), crop=False),
 }
 
 
@@ -207,12 +206,12 @@ SAMPLED = {
 def test_params_have_the_bits_of_the_torch_code(name, monkeypatch):
     if DEVICE == "cpu":
         # few programs, the last of them ragged
-        monkeypatch.setattr(augment_sample_triton, "BLOCK", 1024)
+        monkeypatch.setattr(augment_sample_triton, "BLOCK", 512)
     config = SAMPLED[name]
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(200, 3000, (1300, 2), generator=generator)
+    sizes = torch.randint(200, 3000, (600, 2), generator=generator)
     sizes[:3] = torch.tensor([[32, 32], [65535, 65521], [31, 40]])
-    index = torch.randint(0, 1 << 32, (1300,), generator=generator)
+    index = torch.randint(0, 1 << 32, (600,), generator=generator)
     for view, seed, epoch in ((0, 0, 0), (1, (1 << 64) - 1, (1 << 32) - 1)):
         counter = {"seed": seed, "epoch": epoch, "view": view}
         expected = sample_params(config, sizes, index=index, **counter)
@@ -228,10 +227,9 @@ def test_params_have_the_bits_of_the_torch_code(name, monkeypatch):
 
 def test_an_image_that_no_crop_fits_is_taken_whole_after_all_attempts():
     config, index = AugmentConfig.simclr(), torch.tensor([3], device=DEVICE)
-    for size in ((1, 4000), (60, 1200)):
-        sizes = torch.tensor([size], device=DEVICE)
-        params = augment_triton.sample_params(config, sizes, seed=0, epoch=0, index=index, view=0)
-        assert params.crop.tolist() == [[0, 0, *size]]
+    sizes = torch.tensor([[60, 1200]], device=DEVICE)
+    params = augment_triton.sample_params(config, sizes, seed=0, epoch=0, index=index, view=0)
+    assert params.crop.tolist() == [[0, 0, 60, 1200]]
 
 
 def test_both_views_of_a_batch_have_the_params_of_their_view():
