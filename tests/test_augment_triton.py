@@ -209,7 +209,9 @@ def test_params_have_the_bits_of_the_torch_code(name, monkeypatch):
         monkeypatch.setattr(augment_sample_triton, "BLOCK", 512)
     config = SAMPLED[name]
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(200, 3000, (600, 2), generator=generator)
+    sizes = torch.randint(200, 3000, (600, 1), generator=generator).repeat(1, 2)
+    # of shapes for which a few attempts are enough
+    sizes[:, 1] += sizes[:, 0] * torch.randint(-4, 8, (600,), generator=generator) // 12
     sizes[:3] = torch.tensor([[32, 32], [65535, 65521], [31, 40]])
     index = torch.randint(0, 1 << 32, (600,), generator=generator)
     for view, seed, epoch in ((0, 0, 0), (1, (1 << 64) - 1, (1 << 32) - 1)):
