@@ -6,11 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from benchmarks import deviations, torchvision_formulas
-from simclr_kernels import AugmentConfig
-from simclr_kernels.params import sample_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
