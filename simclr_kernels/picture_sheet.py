@@ -7,6 +7,7 @@ nearest of 256 levels.
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from torch import Tensor
 from simclr_kernels.figure_style import DPI, PALETTE
 
 LINE = 26
+CAPTION_CHARACTERS = 30
 
 
 class Sheet:
@@ -44,6 +46,12 @@ class Sheet:
         for color, points in (("white", 2.4), (PALETTE[number % 6], 1.4)):
             style = {"fill": False, "edgecolor": color, "linewidth": points}
             self.figure.add_artist(Rectangle(*place, **style, transform=IdentityTransform()))
+
+    def field(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        """Fills a box with a colour."""
+        place = (x, self.height - y - height), width, height
+        style = {"facecolor": color, "edgecolor": "none"}
+        self.figure.add_artist(Rectangle(*place, **style, transform=IdentityTransform()))
 
     def badge(self, number: int, x: float, y: float, corner: int = 0) -> None:
         """Writes number + 1 on its colour into corner 0 to 3: clockwise from the top left."""
@@ -95,4 +103,19 @@ def fit_image(image: np.ndarray | Tensor, height: int, width: int) -> np.ndarray
 
 def text_width(line: str) -> int:
     """Width in pixels of a line of a caption."""
-    return math.ceil(TextPath((0, 0), line or " ", size=7).get_extents().x1 * DPI / 72)
+    if not line.strip():
+        return 0  # matplotlib has no path of a space
+    return math.ceil(TextPath((0, 0), line, size=7).get_extents().x1 * DPI / 72)
+
+
+def wrap(caption: str, characters: int = CAPTION_CHARACTERS) -> list[str]:
+    """The lines of a caption, long ones broken after commas outside brackets."""
+    lines = []
+    for line in caption.split("\n"):
+        lines.append("")
+        for phrase in re.split(r"(?<=,) (?![^(]*\))", line):
+            if lines[-1] and len(lines[-1]) + 1 + len(phrase) > characters:
+                lines.append(phrase)
+            else:
+                lines[-1] = f"{lines[-1]} {phrase}".lstrip()
+    return lines

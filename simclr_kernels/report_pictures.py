@@ -7,7 +7,6 @@ encoder was fed, to the nearest of 256 levels.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +30,9 @@ from simclr_kernels.picture_sheet import (
     fit_image,
     text_width,
     view_pixels,
+    wrap,
 )
 
-CAPTION_CHARACTERS = 30
 MAX_EMBEDDED = 1500
 MAX_CLASSES = 2 * len(CLASS_COLORS)
 
@@ -125,7 +124,7 @@ def save_contact_sheet(
         raise ValueError(f"crops must be (K, 4) with K = {count} views, got {crops.shape}")
     columns = min(columns, count)
     lines = -(-count // columns)
-    texts = [_wrap(caption) for caption in captions]
+    texts = [wrap(caption) for caption in captions]
     step_y = side + LINE * max(map(len, texts)) + 30
     picture = fit_image(source, max(480, lines * step_y - 30), 560)
     left = picture.shape[1] + 40
@@ -148,19 +147,6 @@ def save_contact_sheet(
             # by turns in the four corners: boxes of one image often share one
             sheet.badge(i, x + width * (i % 4 in (1, 2)), y + height * (i % 4 in (2, 3)), corner=i)
         write_png(sheet.figure, out_png)
-
-
-def _wrap(caption: str) -> list[str]:
-    """The lines of a caption, long ones broken after commas outside brackets."""
-    lines = []
-    for line in caption.split("\n"):
-        lines.append("")
-        for phrase in re.split(r"(?<=,) (?![^(]*\))", line):
-            if lines[-1] and len(lines[-1]) + 1 + len(phrase) > CAPTION_CHARACTERS:
-                lines.append(phrase)
-            else:
-                lines[-1] = f"{lines[-1]} {phrase}".lstrip()
-    return lines
 
 
 def save_embedding(
