@@ -30,7 +30,8 @@ def augment(
     """One view of each image, exactly as params say: same images, same params, same view.
 
     crop, resize, flip -> colour jitter -> grayscale -> blur -> solarize -> mean/std; every formula
-    is in reference.py (google-research/simclr, tf2/data_util.py).
+    is in reference.py (google-research/simclr, tf2/data_util.py). Where the operations of
+    params.study come in is said at reference.augment.
 
     Args:
         images: (B, H, W, 3) uint8, or PackedImages, on any device.
