@@ -34,11 +34,11 @@ class Sheet:
     def image(self, pixels: np.ndarray, x: int, y: int) -> None:
         self.figure.figimage(pixels, x, self.height - y - pixels.shape[0])
 
-    def text(self, text: str, x: float, y: float, **style) -> None:
-        """Writes lines of text, LINE pixels apart, below y."""
+    def text(self, text: str, x: float, y: float, *, step: float = LINE, **style) -> None:
+        """Writes lines of text, step pixels apart, below y."""
         style = {"va": "top", "fontsize": 7, "transform": IdentityTransform()} | style
         for i, line in enumerate(text.split("\n")):
-            self.figure.text(x, self.height - y - i * LINE, line, **style)
+            self.figure.text(x, self.height - y - i * step, line, **style)
 
     def box(self, x: float, y: float, width: float, height: float, number: int) -> None:
         """Outlines a box in the colour of a number, with a white rim on either side."""
@@ -101,11 +101,11 @@ def fit_image(image: np.ndarray | Tensor, height: int, width: int) -> np.ndarray
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
-def text_width(line: str) -> int:
-    """Width in pixels of a line of a caption."""
+def text_width(line: str, size: float = 7) -> int:
+    """Width in pixels of a line of a caption, of that font size in points."""
     if not line.strip():
         return 0  # matplotlib has no path of a space
-    return math.ceil(TextPath((0, 0), line, size=7).get_extents().x1 * DPI / 72)
+    return math.ceil(TextPath((0, 0), line, size=size).get_extents().x1 * DPI / 72)
 
 
 def wrap(caption: str, characters: int = CAPTION_CHARACTERS) -> list[str]:

@@ -17,6 +17,7 @@ from simclr_kernels.picture_sheet import LINE, Sheet, enlarge, text_width, view_
 GAIN = 8  # of the differences that are drawn
 SIDE = 224
 MARGIN, GAP = 8, 8
+SMALL, SMALL_LINE = 6, 23  # points, pixels
 
 
 def save_comparison(
@@ -146,26 +147,25 @@ def save_recipes(rows: Sequence[Row], out_png: str | Path, *, side: int = 112) -
     side = tiles[0].shape[1]
     gap = 6
     with figure_style():
-        left = MARGIN + 14 + max(text_width(line) for row in rows for line in _lines(row))
+        widths = [text_width(row.title) for row in rows]
+        widths += [text_width(line, SMALL) for row in rows for line in row.text.split("\n")]
+        # letters of the bold title are wider by a tenth
+        left = MARGIN + 14 + round(1.1 * max(widths))
         widest = max(map(len, tiles))
-        heights = [side + gap + (LINE if row.captions is not None else 0) for row in rows]
+        heights = [side + gap + (SMALL_LINE if row.captions is not None else 0) for row in rows]
         sheet = Sheet(left + widest * (side + gap) - gap + MARGIN, sum(heights) - gap + 2 * MARGIN)
         y = MARGIN
+        small = {"fontsize": SMALL, "color": MUTED, "step": SMALL_LINE}
         for row, line, height in zip(rows, tiles, heights, strict=True):
-            sheet.text(row.title, MARGIN, y + 2, weight="bold")
-            sheet.text(row.text, MARGIN, y + 2 + LINE, fontsize=6, color=MUTED)
+            sheet.text(row.title, MARGIN, y, weight="bold")
+            sheet.text(row.text, MARGIN, y + SMALL_LINE + 2, **small)
             for k, tile in enumerate(line):
                 x = left + k * (side + gap)
                 sheet.image(tile, x, y)
                 if row.captions is not None:
-                    style = {"fontsize": 6, "color": MUTED}
-                    sheet.text(row.captions[k], x, y + side + 3, **style)
+                    sheet.text(row.captions[k], x, y + side + 2, **small)
             y += height
         write_png(sheet.figure, out_png)
-
-
-def _lines(row: Row) -> list[str]:
-    return [row.title + "  ", *row.text.split("\n")]
 
 
 def _shrink(tiles: np.ndarray, side: int) -> np.ndarray:

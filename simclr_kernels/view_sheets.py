@@ -19,6 +19,7 @@ from simclr_kernels.config import ViewsConfig
 from simclr_kernels.params import AugmentParams, sample_params
 from simclr_kernels.report_pictures import save_contact_sheet
 from simclr_kernels.report_views import Row, save_comparison, save_recipes
+from simclr_kernels.study_params import StudyParams
 
 
 def draw_views(
@@ -93,23 +94,17 @@ def draw_gallery(
     lines = _operation_rows(image, size, count)
     presets = get_args(get_type_hints(ViewsConfig)["preset"])
     for preset in presets:
-        config = _shown(getattr(AugmentConfig, preset)(size=size))
-        images, params = draw_views(image, config, count, seed=seed, index=index)
-        if config.blur[0] != config.blur[1] or config.solarize[0] != config.solarize[1]:
-            for view in (0, 1):
-                one_view = _of_view(config, view)
-                images, params = draw_views(image, one_view, count, seed=seed, index=index)
-                title = f"{preset}, view {view}"
-                lines.append(Row(title, _summary(config, view), augment(images, params, config)))
-        else:
-            lines.append(Row(preset, _summary(config, 0), augment(images, params, config)))
+        # mean and std would leave the range that a picture can show
+        config = replace(getattr(AugmentConfig, preset)(size=size), mean=None, std=None)
+        differ = config.blur[0] != config.blur[1] or config.solarize[0] != config.solarize[1]
+        for view in (0, 1) if differ else (0,):
+            one_view = _of_view(config, view)
+            images, params = draw_views(image, one_view, count, seed=seed, index=index)
+            views = augment(images, params, one_view)
+            title = f"{preset}, view {view}" if differ else preset
+            lines.append(Row(title, _summary(config, view), views))
     save_recipes(lines, out_png)
     return len(presets)
-
-
-def _shown(config: AugmentConfig) -> AugmentConfig:
-    """Without mean and std, which leave the range that a picture can show."""
-    return replace(config, mean=None, std=None)
 
 
 def _of_view(config: AugmentConfig, view: int) -> AugmentConfig:
@@ -119,23 +114,27 @@ def _of_view(config: AugmentConfig, view: int) -> AugmentConfig:
 
 
 def _summary(config: AugmentConfig, view: int) -> str:
-    """Three short lines on a recipe."""
-    jitter = f"jitter {config.brightness:g} {config.contrast:g} {config.saturation:g}"
-    rule = "brightness adds" if config.brightness_mode == "add" else f"crop from {_floor(config)}"
-    last = f"blur {config.blur[view]:.0%}"
-    if config.solarize[view]:
-        last += f", solarize {config.solarize[view]:.0%}"
-    return f"{jitter} hue {config.hue:g}\n{rule}\n{last}"
-
-
-def _floor(config: AugmentConfig) -> str:
-    """The smallest crop that is ever taken, as a share of the image."""
+    """Three short lines on a recipe: jitter is brightness, contrast, saturation and hue."""
+    ranges = (config.brightness, config.contrast, config.saturation, config.hue)
+    jitter = "jitter " + " ".join(map(_short, ranges))
+    if config.brightness_mode == "add":
+        jitter = jitter.replace("jitter ", "jitter +")
     low = config.area[0]
-    return f"{max(low, config.min_covered) if config.sampler == 'tensorflow' else low:.0%}"
+    if config.sampler == "tensorflow":
+        low = max(low, config.min_covered)
+    last = f"blur {_short(config.blur[view])}"
+    if config.solarize[view]:
+        last += f", solarize {_short(config.solarize[view])}"
+    return f"{jitter}\ncrop {_short(low)} to 1\n{last}"
+
+
+def _short(value: float) -> str:
+    """0.8 as .8"""
+    return f"{value:g}".removeprefix("0") or "0"
 
 
 def _operation_rows(image: np.ndarray, size: int, across: int) -> list[Row]:
-    """Each operation alone on the centre square, `across` to a line."""
+    """Operations one at a time on the centre square, `across` to a line."""
     height, width = image.shape[:2]
     plain = AugmentParams.identity(torch.tensor([[height, width]]))
     square = reference.eval_crop(height, width, size, size, 1.0)
@@ -143,24 +142,30 @@ def _operation_rows(image: np.ndarray, size: int, across: int) -> list[Row]:
     y, x, side, _ = square
     corner = torch.tensor([[y, x, side * 5 // 8, side * 5 // 8]], dtype=torch.int32)
     one = torch.ones(1)
+    none = StudyParams.identity(1)
+    box = torch.tensor([[size // 4, size // 4, size // 2, size // 2]], dtype=torch.int32)
+    study = {
+        "cutout": replace(none, cutout=box),
+        "rotation": replace(none, quarter_turns=one.to(torch.int8)),
+        "Sobel": replace(none, sobel=one.bool()),
+        "noise": replace(none, noise_sigma=AugmentConfig.noise_sigma * one),
+    }
     alone = {
         "centre": plain,
-        "crop, resize": replace(plain, crop=corner),
-        "flip": replace(plain, flip=one.bool()),
-        "brightness x1.6": replace(plain, brightness=1.6 * one),
-        "contrast x1.8": replace(plain, contrast=1.8 * one),
-        "saturation x0.2": replace(plain, saturation=0.2 * one),
-        "hue +72 deg": replace(plain, hue_turns=0.2 * one),
+        "crop": replace(plain, crop=corner),
+        "brightness": replace(plain, brightness=1.6 * one),
+        "contrast": replace(plain, contrast=1.8 * one),
+        "saturation": replace(plain, saturation=0.2 * one),
+        "hue": replace(plain, hue_turns=0.2 * one),
         "grayscale": replace(plain, grayscale=one.bool()),
-        "blur 2 px": replace(plain, sigma_px=2 * one),
-        "solarize": replace(plain, solarize=0.5 * one),
-    }
+        "blur": replace(plain, sigma_px=2 * one),
+    } | {name: replace(plain, study=params) for name, params in study.items()}
     params = AugmentParams.concatenate(list(alone.values()))
     views = augment(_repeated(image, len(alone)), params, AugmentConfig(size=size))
     names = list(alone)
     lines = []
     for first in range(0, len(names), across):
         part = slice(first, first + across)
-        title, text = ("operations", "one at a time") if first == 0 else ("", "")
+        title, text = ("", "") if first else ("operations", "one at a time")
         lines.append(Row(title, text, views[part], names[part]))
     return lines
