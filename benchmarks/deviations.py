@@ -50,20 +50,25 @@ def _pipeline(name: str) -> Callable[[], View]:
     return lambda: lambda images, params, config: view_by(name, images, params, config)
 
 
-def _formulas(module: str, **options: str) -> Callable[[], View]:
+def _formulas(module: str, name: str, **options: str) -> Callable[[], View]:
     def load() -> View:
-        function = getattr(import_module(f"benchmarks.{module}_formulas"), f"{module}_augment")
+        function = getattr(import_module(f"benchmarks.{module}_formulas"), name)
         return lambda images, params, config: function(images, params, config, **options)
 
     return load
 
 
+TORCHVISION = _formulas("torchvision", "torchvision_augment")
+BILINEAR = _formulas("torchvision", "torchvision_augment", interpolation="bilinear")
 COLUMNS = {
     "ours": Column("ours", "simclr-kernels", _pipeline("fused")),
-    "kornia": Column("Kornia", "kornia", _pipeline("kornia")),
-    "dali": Column("DALI", "nvidia-dali-cuda130", _pipeline("dali")),
-    "torchvision": Column("torchvision", "torchvision", _formulas("torchvision")),
-    "albumentations": Column("albumentations", "albumentations", _formulas("albumentations")),
+    "kornia": Column("KorniaViews", "kornia", _pipeline("kornia")),
+    "dali": Column("DALIViews", "nvidia-dali-cuda130", _pipeline("dali")),
+    "kornia-stock": Column("Kornia", "kornia", _formulas("kornia", "stock_augment")),
+    "torchvision": Column("torchvision", "torchvision", TORCHVISION),
+    "albumentations": Column(
+        "albumentations", "albumentations", _formulas("albumentations", "albumentations_augment")
+    ),
 }
 
 
@@ -86,10 +91,9 @@ def rows(size: int) -> list[Row]:
     plain = AugmentConfig(size=size)
     crop = replace(plain, flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0))
     jitter = replace(plain, crop=False, flip=0.0, jitter=1.0, grayscale=0.0, blur=(0.0, 0.0))
-    bilinear = {"torchvision": _formulas("torchvision", interpolation="bilinear")}
     lines = [
         _drawn("crop, bicubic resize", crop),
-        replace(_drawn("crop, bilinear resize (its default)", crop), instead=bilinear),
+        replace(_drawn("crop, bilinear resize", crop), instead={"torchvision": BILINEAR}),
         _alone("flip", plain, flip=True),
         _alone("brightness +0.4", replace(plain, brightness_mode="add"), brightness=0.4),
     ]

@@ -169,11 +169,14 @@ def save_recipes(rows: Sequence[Row], out_png: str | Path, *, side: int = 112) -
 
 
 def _shrink(tiles: np.ndarray, side: int) -> np.ndarray:
-    """(K, S, S, 3) uint8 as near to `side` as whole factors go; smaller ones by area."""
+    """(K, S, S, 3) uint8 as near to `side` as whole factors go; smaller ones by area.
+
+    Those come in steps of 3 levels: half the bytes of the file, and not to be seen.
+    """
     factor = round(tiles.shape[1] / side)
     if factor <= 1:
         return enlarge(tiles, side)
     count, own = len(tiles), tiles.shape[1] // factor
     tiles = tiles[:, : own * factor, : own * factor].astype(np.float32)
     tiles = tiles.reshape(count, own, factor, own, factor, 3).mean((2, 4))
-    return tiles.round().astype(np.uint8)
+    return ((tiles / 3).round() * 3).astype(np.uint8)
