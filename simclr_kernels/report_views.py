@@ -11,13 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from simclr_kernels.compare import Difference, difference, levels_apart
-from simclr_kernels.figure_style import GRID, INK, MUTED, figure_style, write_png
-from simclr_kernels.picture_sheet import LINE, Sheet, enlarge, text_width, view_pixels, wrap
+from simclr_kernels.figure_style import GRID, MUTED, figure_style, write_png
+from simclr_kernels.picture_sheet import Sheet, enlarge, text_width, view_pixels, wrap
 
 GAIN = 8  # of the differences that are drawn
 SIDE = 224
-MARGIN, GAP = 8, 8
+MARGIN, GAP = 8, 10
 SMALL, SMALL_LINE = 6, 23  # points, pixels
+CHARACTERS = 24  # of a small line as wide as a view
 
 
 def save_comparison(
@@ -64,47 +65,43 @@ def save_comparison(
     }
     differences = [{name: difference(of[k]) for name, of in levels.items()} for k in range(count)]
     side = reference.shape[1]
-    head, step_x, step_y = 34, side + GAP, 2 * (side + GAP) + LINE + 20
+    # a head line; a view, its difference, a line on it, and some air
+    head, step_x, step_y = 36, side + GAP, 2 * (side + GAP) + SMALL_LINE + 18
+    small = {"fontsize": SMALL, "step": SMALL_LINE}
     with figure_style():
-        sheet = Sheet(
-            (1 + len(views)) * step_x - GAP + 2 * MARGIN, head + count * step_y - 12 + MARGIN
-        )
+        width = (1 + len(views)) * step_x - GAP + 2 * MARGIN
+        sheet = Sheet(width, head + count * step_y - 18 + MARGIN)
         for column, name in enumerate(("reference", *views)):
             sheet.text(name, MARGIN + column * step_x, 8, fontsize=8, weight="bold")
         for k in range(count):
             y = head + k * step_y
             below = y + side + GAP
+            last = below + side + 3
             sheet.image(reference[k], MARGIN, y)
-            words = [
-                *wrap(captions[k]),
-                "",
-                "below each view:",
-                f"|difference| x {GAIN}, in levels",
-            ]
-            sheet.text("\n".join(words), MARGIN, below, color=MUTED)
+            sheet.text("\n".join(wrap(captions[k], CHARACTERS)), MARGIN, below, **small)
+            legend = f"|difference| x {GAIN}\nin levels of 255:"
+            sheet.text(legend, MARGIN, last - SMALL_LINE, color=MUTED, **small)
             for column, name in enumerate(views, 1):
                 x = MARGIN + column * step_x
                 if name not in made:
-                    _say_missing(sheet, views[name], x, y, side, 2 * side + GAP)
+                    sheet.field(x, y, side, 2 * side + GAP, GRID)
+                    reason = textwrap.fill(views[name], CHARACTERS - 2)
+                    sheet.text(reason, x + 8, y + 8, color=MUTED, **small)
                     continue
                 sheet.image(tiles[name][k], x, y)
                 sheet.image(apart[name][k], x, below)
                 value = differences[k][name]
                 text = f"mean {_levels(value.mean)}, 99 % {_levels(value.p99)}"
-                sheet.text(text, x, below + side + 6, color=INK)
+                sheet.text(text, x, last, **small)
         write_png(sheet.figure, out_png)
     return differences
 
 
 def _levels(value: float) -> str:
-    """Two digits after the point, down to what is too small to tell."""
-    return "< 0.01" if 0 < value < 0.005 else f"{value:.2f}"
-
-
-def _say_missing(sheet: Sheet, reason: str, x: int, y: int, width: int, height: int) -> None:
-    """A pale field with the reason, for a pipeline that made no views."""
-    sheet.field(x, y, width, height, GRID)
-    sheet.text("\n".join(textwrap.wrap(reason, 24)), x + 10, y + 10, color=MUTED)
+    """Two digits after the point, one from 10 on."""
+    if 0 < value < 0.005:
+        return "< 0.01"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 class Row(NamedTuple):

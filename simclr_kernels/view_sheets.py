@@ -21,6 +21,8 @@ from simclr_kernels.report_pictures import save_contact_sheet
 from simclr_kernels.report_views import Row, save_comparison, save_recipes
 from simclr_kernels.study_params import StudyParams
 
+PRESETS = get_args(get_type_hints(ViewsConfig)["preset"])
+
 
 def draw_views(
     image: np.ndarray, config: AugmentConfig, count: int, *, seed: int, index: int
@@ -92,8 +94,7 @@ def draw_gallery(
     Draws of one column share their random numbers: what differs between presets are the ranges.
     """
     lines = _operation_rows(image, size, count)
-    presets = get_args(get_type_hints(ViewsConfig)["preset"])
-    for preset in presets:
+    for preset in PRESETS:
         # mean and std would leave the range that a picture can show
         config = replace(getattr(AugmentConfig, preset)(size=size), mean=None, std=None)
         differ = config.blur[0] != config.blur[1] or config.solarize[0] != config.solarize[1]
@@ -104,7 +105,7 @@ def draw_gallery(
             title = f"{preset}, view {view}" if differ else preset
             lines.append(Row(title, _summary(config, view), views))
     save_recipes(lines, out_png)
-    return len(presets)
+    return len(PRESETS)
 
 
 def _of_view(config: AugmentConfig, view: int) -> AugmentConfig:
