@@ -8,6 +8,10 @@
 #include <utility>
 
 #define SIMD_INLINE inline __attribute__((always_inline))
+#define SIMD_JOIN(a, b) a##b
+#define SIMD_JOINED(a, b) SIMD_JOIN(a, b)
+// the table of kernels of this instruction set, of an operation named by its prefix
+#define SIMD_TABLE(prefix) SIMD_JOINED(prefix, SIMD_NAME)
 
 namespace simclr {
 namespace SIMD_NAME {
