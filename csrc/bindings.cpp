@@ -1,26 +1,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "instruction_sets.h"
 #include "ntxent.h"
 
-namespace py = pybind11;
-using Address = std::uintptr_t;
 using simclr::NtxentInput;
-
-namespace {
-
-template <class T = float>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels of simclr_kernels. They take addresses, which Python checks.";
     const auto release = py::call_guard<py::gil_scoped_release>();
 
+    bind_augment(m);
     m.def("instruction_sets", &simclr::instruction_sets);
     m.def("use_instruction_set", &simclr::use_instruction_set);
     m.def(
