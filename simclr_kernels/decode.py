@@ -83,13 +83,22 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
                     f"an image must have at most {max_pixels} pixels (max_pixels), "
                     f"got {width} x {height}"
                 )
-            # before the orientation is read: a TIFF turns itself upright while it loads
-            image.load()
-            return np.array(_rgb(_upright(image)))
+            return rgb_pixels(image)
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         prefix = f"{name}: " if name else ""
         raise DecodeError(f"{prefix}unreadable image of {len(data)} bytes: {reason}") from error
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an opened image of any mode, upright, as decode_image describes.
+
+    Raises:
+        One of DAMAGE: the file behind the image turns out to be damaged.
+    """
+    # before the orientation is read: a TIFF turns itself upright while it loads
+    image.load()
+    return np.array(_rgb(_upright(image)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
