@@ -67,7 +67,8 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
         data: the encoded file, all of it.
         name: where it comes from, for the message of an error.
         max_pixels: images whose header declares more are refused before they are decoded. Pillow's
-            own limit, twice Image.MAX_IMAGE_PIXELS (179 megapixels), holds as well.
+            own limit, twice Image.MAX_IMAGE_PIXELS (179 megapixels), holds as well. Decoding takes
+            up to 20 bytes a pixel for a moment.
 
     Returns:
         (H, W, 3) uint8 array, RGB, contiguous.
