@@ -76,7 +76,7 @@ class TestFusedViews(PipelineContract):
 
 class TestFusedViewsWithoutThreads(PipelineContract):
     def make(self, source, batch_size, **options):
-        return FusedViews(source, CONFIG, batch_size, workers=0, cache_gib=0, **options)
+        return FusedViews(source, CONFIG, batch_size, **{"workers": 0, "cache_gib": 0} | options)
 
 
 def test_epoch_order_is_a_pinned_permutation():
