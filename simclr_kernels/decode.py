@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -76,15 +78,32 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
     Raises:
         DecodeError: data is empty, not an image, truncated, damaged, or above max_pixels.
     """
+    with _opened(data, name) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(
+                f"an image must have at most {max_pixels} pixels (max_pixels), "
+                f"got {width} x {height}"
+            )
+        return rgb_pixels(image)
+
+
+def declared_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header alone, before the image is turned upright.
+
+    Raises:
+        DecodeError: there is no such header.
+    """
+    with _opened(data, "") as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image behind data; whatever is wrong with it becomes a DecodeError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"an image must have at most {max_pixels} pixels (max_pixels), "
-                    f"got {width} x {height}"
-                )
-            return rgb_pixels(image)
+            yield image
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         prefix = f"{name}: " if name else ""
