@@ -217,7 +217,7 @@ def _check_range(name: str, values: Tensor, first: int, bits: int) -> None:
 
 
 def kernel_draws(config: AugmentConfig) -> bool:
-    """Whether kernels draw the params: not those of the study, nor where the crop needs logarithms."""
+    """Whether kernels draw the params: none of the study, and no crop that takes logarithms."""
     return not config.has_study_operations and (config.sampler == "tensorflow" or not config.crop)
 
 
