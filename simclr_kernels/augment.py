@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from simclr_kernels import reference
+from simclr_kernels import augment_cpu, reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages, refuse_where
-from simclr_kernels.params import AugmentParams, sample_params
+from simclr_kernels.params import AugmentParams, check_counters, kernel_draws, sample_params
 
 # pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU;
 # elsewhere about 1 GiB of temporaries, since a piece costs hundreds of launches and some waits
@@ -82,6 +82,12 @@ def two_views(
         )
     B = len(images)
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
+    if _in_cpp(views) and kernel_draws(config):
+        check_counters(seed, epoch, index)
+        if len(index) != B:
+            raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
+        augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
+        return views
     for view, out in enumerate(views.split(B) if B else ()):
         params = sample_params(config, sizes, seed=seed, epoch=epoch, index=index, view=view)
         _fill(out, images, params, config)
@@ -102,10 +108,24 @@ def _empty_views(
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
+def _in_cpp(views: Tensor) -> bool:
+    return views.is_cpu and views.dtype in augment_cpu.DTYPES
+
+
 def _fill(
     views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
 ) -> None:
-    """Writes one view of each image into views (B, 3, size, size), in pieces of bounded memory."""
+    """Writes one view of each image into views (B, 3, size, size)."""
+    if _in_cpp(views) and params.study is None:
+        augment_cpu.fill_views(views, images, params, config)
+    else:
+        _fill_by_reference(views, images, params, config)
+
+
+def _fill_by_reference(
+    views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
+) -> None:
+    """The same in torch, in pieces of bounded memory."""
     compute = torch.promote_types(views.dtype, torch.float32)
     packed = isinstance(images, PackedImages)
     if len(views) == 0:

@@ -99,6 +99,9 @@ class TrainConfig:
         views: the two views of an image.
         model: encoder and head.
         optimizer: LARS and schedule.
+        pipeline: what makes the views. auto: fused, our kernels, exact; or dali, which decodes on
+            the GPU and leaves the views to our kernels, where the images are encoded, do not fit
+            cache_gib decoded, and DALI is installed. kornia: Kornia's operators, to compare with.
         device: auto takes the GPU where there is one.
         precision: of encoder and head; auto is bfloat16 autocast on a GPU, float32 elsewhere.
         compile: torch.compile of the encoder; null: on a GPU.
@@ -120,6 +123,7 @@ class TrainConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pipeline: Literal["auto", "fused", "dali", "kornia"] = "auto"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None
@@ -144,7 +148,10 @@ class TrainConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
     def resolve(self) -> TrainConfig:
-        """The same run with every `auto` and null replaced by what this machine makes of it."""
+        """The same run with every `auto` and null replaced by what this machine makes of it.
+
+        But for `pipeline`, which depends on the images: see runs.choose_pipeline.
+        """
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from simclr_kernels import _C
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.crop_samplers import (
     TENSORFLOW_ATTEMPTS,
@@ -41,6 +42,8 @@ from simclr_kernels.study_params import STUDY_DRAWS, StudyParams, study_of
 
 FIRST_VALUE_DRAW = 1 << 16
 FIRST_STUDY_DRAW = FIRST_VALUE_DRAW + 3
+FLOAT_VALUES = ("brightness", "contrast", "saturation", "hue_turns", "sigma_px", "solarize")
+KERNEL_ARRAYS = ("crop", "flip", *FLOAT_VALUES[:4], "order", "grayscale", *FLOAT_VALUES[4:])
 SOLARIZE_THRESHOLD = 0.5
 ORDERS = tuple(permutations(range(4)))  # lexicographic; word 2 of draw 2^16 picks one of the 24
 
@@ -178,25 +181,109 @@ def sample_params(
         ValueError: a number is out of its range, or shapes disagree.
         TypeError: sizes or index are not integer tensors.
     """
+    check_counters(seed, epoch, index, view)
+    if sizes.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"sizes must be int32 or int64, got {sizes.dtype}")
+    if sizes.shape != (len(index), 2):
+        raise ValueError(
+            "index must be (B,) and sizes (B, 2), "
+            f"got {tuple(index.shape)} and {tuple(sizes.shape)}"
+        )
+    _check_range("sizes", sizes, 1, 31)
+
+    sizes = sizes.to(index.device, torch.int64)
+    if index.is_cpu and kernel_draws(config):
+        return _sample_in_cpp(config, sizes, seed, epoch, index, view)
+    return sample_params_in_torch(config, sizes, seed, epoch, index, view)
+
+
+def check_counters(seed: int, epoch: int, index: Tensor, view: int = 0) -> None:
+    """Refuses what is not a counter of a random number. See sample_params."""
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 32)):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be in [0, 2^{bits}), got {value}")
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {index.dtype}")
-    if sizes.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sizes must be int32 or int64, got {sizes.dtype}")
-    if index.dim() != 1 or sizes.shape != (len(index), 2):
-        raise ValueError(
-            "index must be (B,) and sizes (B, 2), "
-            f"got {tuple(index.shape)} and {tuple(sizes.shape)}"
-        )
-    for name, values, first, bits in (("index", index, 0, 32), ("sizes", sizes, 1, 31)):
-        if values.device.type == "cpu" and values.numel():
-            low, high = values.aminmax()
-            if low < first or high >= 1 << bits:
-                raise ValueError(f"{name} must be in [{first}, 2^{bits}), got {low} .. {high}")
+    if index.dim() != 1:
+        raise ValueError(f"index must be (B,), got {tuple(index.shape)}")
+    _check_range("index", index, 0, 32)
 
-    sizes = sizes.to(index.device, torch.int64)
+
+def _check_range(name: str, values: Tensor, first: int, bits: int) -> None:
+    if values.is_cpu and values.numel():
+        low, high = values.aminmax()
+        if low < first or high >= 1 << bits:
+            raise ValueError(f"{name} must be in [{first}, 2^{bits}), got {low} .. {high}")
+
+
+def kernel_draws(config: AugmentConfig) -> bool:
+    """Whether kernels draw the params: none of the study, and no crop that takes logarithms."""
+    return not config.has_study_operations and (config.sampler == "tensorflow" or not config.crop)
+
+
+def kernel_ranges(config: AugmentConfig) -> tuple[float, ...]:
+    """What a kernel that draws needs to know, in the order of ViewRanges in csrc/augment.h."""
+    return (
+        config.crop,
+        *config.area,
+        *config.aspect,
+        config.min_covered,
+        config.flip,
+        config.jitter,
+        config.brightness,
+        config.contrast,
+        config.saturation,
+        config.hue,
+        config.grayscale,
+        config.brightness_mode == "add",
+        *config.blur,
+        *config.solarize,
+        *config.sigma_px,
+    )
+
+
+def kernel_arrays(params: AugmentParams) -> list[Tensor]:
+    """The tensors of params, contiguous, in the order of ParamArrays in csrc/augment.h."""
+    return [getattr(params, name).contiguous() for name in KERNEL_ARRAYS]
+
+
+def _sample_in_cpp(
+    config: AugmentConfig, sizes: Tensor, seed: int, epoch: int, index: Tensor, view: int
+) -> AugmentParams:
+    """The draws of sample_params_in_torch on a CPU, bit for bit."""
+    sizes, index = sizes.contiguous(), index.contiguous()
+    B = len(index)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(B, *shape, dtype=dtype, device="cpu")
+
+    params = AugmentParams(
+        crop=empty(torch.int32, 4),
+        flip=empty(torch.bool),
+        order=empty(torch.int8, 4),
+        grayscale=empty(torch.bool),
+        **{name: empty(torch.float32) for name in FLOAT_VALUES},
+    )
+    _C.sample_params(
+        kernel_ranges(config),
+        seed,
+        epoch,
+        view,
+        index.data_ptr(),
+        sizes.data_ptr(),
+        B,
+        [array.data_ptr() for array in kernel_arrays(params)],
+    )
+    return params
+
+
+def sample_params_in_torch(
+    config: AugmentConfig, sizes: Tensor, seed: int, epoch: int, index: Tensor, view: int
+) -> AugmentParams:
+    """The definition of the draws, on any device. See sample_params, which checks.
+
+    sizes are int64, on the device of index.
+    """
 
     def draw(numbers: Tensor, rows: Tensor) -> Tensor:
         """(len(rows), len(numbers), 4) words of those draws for those index entries."""
