@@ -248,11 +248,12 @@ def markdown(record: dict[str, Any]) -> str:
         for row in record["rows"]
     ]
     header = ["same photos, same parameters", *(COLUMNS[name].label for name in names)]
-    versions = ", ".join(
-        f"{COLUMNS[name].label} {version}"
+    versions = {
+        COLUMNS[name].package: version
         for name, version in record["versions"].items()
         if version and name != "ours"
-    )
+    }
+    versions = {"torch": record["machine"]["torch"]} | versions
     parts = [
         "# How far each library is from the reference",
         f"Mean absolute difference from `reference.py` in float64, in levels of 8 bits (255 from "
@@ -262,7 +263,9 @@ def markdown(record: dict[str, Any]) -> str:
         "of white (0.0013 levels). Every library gets the same `AugmentParams`, so that only "
         "formulas differ, not random draws. Single operations start from the photos at the size "
         "of the view, the crop and the recipes from whole photos.",
-        f"torch {record['machine']['torch']}, {versions}.",
+        "`python -m benchmarks.deviations PHOTOS --out docs/deviations.md` wrote this page; a test "
+        "measures its claims anew.",
+        ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
         table(cells, header, markdown=True),
     ]
     if "ours" in names:

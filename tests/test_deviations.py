@@ -159,7 +159,8 @@ def test_the_published_page_has_the_rows_and_columns_of_the_program():
         row.label for row in deviations.rows(224)
     ]
     header = [cell.strip() for cell in lines[0].split("|")[2:-1]]
-    assert header == [column.label for column in deviations.COLUMNS.values()]
+    for column in deviations.COLUMNS.values():
+        assert (column.label in header) != (f"{column.label} was not measured" in page)
     ours = [line.split("|")[2].strip() for line in lines[2:]]
     assert set(ours) == {"0.00 (0.0)", "-"}
 
