@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from simclr_kernels.augment_config import AugmentConfig
+
 
 @dataclass(frozen=True)
 class ViewsConfig:
@@ -21,6 +23,12 @@ class ViewsConfig:
         crop: False resizes the whole image instead of a random crop.
         color: False leaves out colour jitter and grayscale.
         blur: False leaves out the Gaussian blur.
+        cutout: probability of masking a square: one, or two: of view 0 and view 1.
+        rotation: the same of a rotation by 90, 180 or 270 degrees.
+        sobel: the same of a Sobel filter.
+        noise: the same of Gaussian noise.
+        cutout_side: side of the masked square over that of the view.
+        noise_sigma: standard deviation of the noise, in units of 1.0 = white.
     """
 
     preset: Literal["simclr", "simclr_v1", "cifar10", "byol", "moco_v2", "torchvision"] = "simclr"
@@ -30,6 +38,12 @@ class ViewsConfig:
     crop: bool = True
     color: bool = True
     blur: bool = True
+    cutout: float | tuple[float, float] = 0.0
+    rotation: float | tuple[float, float] = 0.0
+    sobel: float | tuple[float, float] = 0.0
+    noise: float | tuple[float, float] = 0.0
+    cutout_side: float = AugmentConfig.cutout_side
+    noise_sigma: float = AugmentConfig.noise_sigma
 
 
 @dataclass(frozen=True)

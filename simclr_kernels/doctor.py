@@ -71,7 +71,7 @@ def _gpus() -> str:
 
 
 def _operations() -> list[list[str]]:
-    instructions = _C.ntxent_instruction_sets()[0]
+    instructions = _C.instruction_sets()[0]
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     triton = _version("triton")
     if triton == "not installed":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from simclr_kernels import __version__
 from simclr_kernels.augment import two_views
-from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.augment_config import STUDY_OPERATIONS, AugmentConfig
 from simclr_kernels.checkpoint import write_atomically
 from simclr_kernels.config import TrainConfig, ViewsConfig
 from simclr_kernels.data import (
@@ -50,6 +50,8 @@ from simclr_kernels.report import save_curves
 from simclr_kernels.report_pictures import save_embedding, save_gallery
 from simclr_kernels.trainer import TrainResult, train
 
+STUDY_SETTINGS = (*STUDY_OPERATIONS, "cutout_side", "noise_sigma")
+
 
 def augment_config(views: ViewsConfig) -> AugmentConfig:
     """The AugmentConfig that the settings ask for."""
@@ -69,7 +71,8 @@ def augment_config(views: ViewsConfig) -> AugmentConfig:
         config = dataclasses.replace(config, jitter=0.0, grayscale=0.0)
     if not views.blur:
         config = dataclasses.replace(config, blur=(0.0, 0.0))
-    return config
+    study = {name: getattr(views, name) for name in STUDY_SETTINGS}
+    return dataclasses.replace(config, **study)
 
 
 def build_model(config: TrainConfig) -> SimCLR:
