@@ -69,11 +69,6 @@ class PixelCache:
         """(n,) bool: which images are kept."""
         return self.sizes[:, 0] > 0
 
-    def one_size(self) -> tuple[int, int] | None:
-        """Height and width if all that are kept have the same, else None."""
-        sizes = self.sizes[self.held]
-        return tuple(sizes[0].tolist()) if len(sizes) and (sizes == sizes[0]).all() else None
-
     def packed(self) -> PackedImages:
         """The buffer itself as images 0 .. n - 1, of which those not kept must not be taken."""
         tensors = (self._buffer[: self.used_bytes], self.offsets, self.sizes)

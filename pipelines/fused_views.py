@@ -3,9 +3,8 @@
 Images are decoded once, by threads that run ahead of the training loop, and kept as uint8 pixels as
 far as cache_gib allows, whatever their sizes. Once all of them are kept (at once for a source of
 arrays) they are resident in the memory of the device: a batch is then a choice among them, and
-nothing is decoded, copied to the device or prefetched any more. Images of different sizes are not
-even copied within the device. What does not fit is decoded anew in every epoch and, on a GPU,
-copied there from page-locked memory.
+nothing is decoded, copied or prefetched any more. What does not fit is decoded anew in every epoch
+and, on a GPU, copied there from page-locked memory.
 
 On a GPU both views come from kernels on a stream of their own, one batch ahead of the training
 loop, so that they run beside the encoder (side_stream.py); never beyond the end of an epoch. On a
@@ -156,7 +155,7 @@ class FusedViews(Pipeline):
             # on the device once an epoch; the order starts again where it ends
             chosen = torch.from_numpy(np.resize(order, (count, self.batch_size))).to(self.device)
             for index in chosen:
-                yield index, resident.take(index)
+                yield index, resident.pixels.take(index)
             return
         with closing(self._decoder.batches(order, self.batch_size, count)) as batches:
             for index, pixels in batches:
@@ -168,7 +167,7 @@ class FusedViews(Pipeline):
     def _resident(self) -> ResidentImages | None:
         """All readable images on the device, if they are in memory and fit there."""
         missing = self.quarantine.items()
-        if self._kept is not None and not self._kept.holds_all_but(missing):
+        if self._kept is not None and not holds_all_but(self._kept.held, missing):
             self._kept = None  # a restored state knows of fewer unreadable images
         if self._kept is None:
             self._kept = self._newly_resident(missing)
