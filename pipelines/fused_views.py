@@ -101,6 +101,7 @@ class FusedViews(Pipeline):
         self.config, self.dtype = config, dtype
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._cache_bytes = cache_gib * 2**30
         images = getattr(source, "images", None)
         in_memory = images is not None and not isinstance(images, np.memmap)
@@ -110,12 +111,11 @@ class FusedViews(Pipeline):
             workers,
             # what is in memory already is not kept twice
             0 if in_memory else self._cache_bytes,
-            pin=self.device.type == "cuda",
+            pin_for=None if self._stream is None else self._stream.device,
         )
         labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._labels = torch.tensor(labels, dtype=torch.int64, device=self.device)
         self._kept: ResidentImages | None = None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._stopwatch = Stopwatch(self.seconds, self.device)
 
     def _batches(self, order: np.ndarray, count: int) -> Iterator[Batch]:
