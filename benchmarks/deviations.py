@@ -16,9 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -49,7 +51,14 @@ class Column:
 
 
 def _pipeline(name: str) -> Callable[[], View]:
-    return lambda: lambda images, params, config: view_by(name, images, params, config)
+    # DALI takes one caller at a time
+    turn = Lock() if name == "dali" else nullcontext()
+
+    def view(images: Any, params: AugmentParams, config: AugmentConfig) -> Tensor:
+        with turn:
+            return view_by(name, images, params, config)
+
+    return lambda: view
 
 
 def _formulas(module: str, name: str, **options: str) -> Callable[[], View]:
