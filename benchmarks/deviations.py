@@ -3,7 +3,7 @@
 Every library gets the same photos and the same AugmentParams. Single operations start from the
 photos at the size of the view, rounded to 8 bits, with only that operation on; the crop and the
 whole recipes start from the photos themselves. Prints a Markdown table of mean absolute differences
-in 8-bit levels with the 99th percentile; about two minutes for 192 photos on two cores.
+in 8-bit levels with the 99th percentile; 192 photos take 4 minutes of CPU time, on all cores.
 `--out docs/deviations.md --json FILE` write it and the numbers.
 """
 
@@ -302,14 +302,14 @@ package), with every image's own parameters and order.
   out taps beyond the crop. DALI's cubic without antialias is the same but for that edge. Kornia
   and albumentations (OpenCV) have A = -0.75; Kornia's transform also aligns corners. torchvision
   smooths before it shrinks (antialias), and its default is bilinear.
-- **Brightness.** SimCLR v1 and BYOL add; the transforms of the others only multiply. Ports take
-  the factor 1 + d for the addend d, and so does this table: the largest difference of all, and
-  that of the recipes simclr_v1 and byol.
+- **Brightness.** SimCLR v1 and BYOL add; ColorJitter of the others multiplies. Ports take the
+  factor 1 + d for the addend d, and so does this table: the largest difference of all, and that
+  of the recipes simclr_v1 and byol.
 - **Contrast.** The original moves each channel away from its own mean; the others away from one
   gray mean, DALI away from 0.5 whatever the photo: its largest difference.
 - **Saturation.** The original scales the S of HSV, clipped; the others blend with the gray image
   (DALI: scale I and Q of YIQ, which is the same), which keeps luma and not the largest channel.
-  On saturated colours this is the largest difference of the multiplying recipe.
+  On saturated colours this is the largest difference of those that multiply brightness.
 - **Hue.** The same rotation in HSV in Kornia and torchvision; albumentations has 180 steps of hue
   in 8 bits. DALI turns I and Q of YIQ, a linear map.
 - **Order and clips.** DALI's `color_twist` is one matrix: hue and saturation first, then contrast
