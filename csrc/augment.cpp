@@ -50,7 +50,7 @@ void make_views(const Images& images, std::int64_t views, const ViewFormat& form
     const ViewKernels& kernels = view_kernels();
     const std::int64_t pixels = format.size * format.size;
     const std::int64_t view_bytes = 3 * pixels * (format.dtype == Dtype::FLOAT32 ? 4 : 2);
-    const std::int64_t floats = Scratch(format.size).floats(format.size);
+    const std::int64_t floats = Scratch(format.size).floats();
     const std::int64_t grain = std::max<std::int64_t>(1, SMALLEST_SHARED_PIXELS / pixels);
     const std::int64_t shares = (views + grain - 1) / grain;
     threads = int(std::min<std::int64_t>(usable_threads(threads, shares > 1), shares));
