@@ -87,7 +87,8 @@ class View {
         if (steps.contrast < 0) {
             for (std::int64_t y = 0; y < size; ++y) {
                 const Row row = where(y);
-                resized.next(y, row, s.width(FLOATS), steps.count == 0);
+                // gray is made of what is not clipped yet
+                resized.next(y, row, s.width(FLOATS), steps.count == 0 && !params.grayscale);
                 apply_steps(0, steps.count, row, s.width(FLOATS));
                 take(y, row);
             }
@@ -122,7 +123,7 @@ class View {
         const float *r = row.at, *g = r + row.plane, *b = g + row.plane;
         for (std::int64_t i = 0, end = s.width(FLOATS); i < end; i += FLOATS)
             store(row.at + i,
-                  0.2989f * load(r + i) + 0.5870f * load(g + i) + 0.1140f * load(b + i));
+                  clip(0.2989f * load(r + i) + 0.5870f * load(g + i) + 0.1140f * load(b + i)));
     }
 };
 
