@@ -9,7 +9,7 @@
 namespace simclr {
 namespace SIMD_NAME {
 
-constexpr int POSITION_BITS = 10;
+constexpr std::int64_t POSITIONS = 1 << 10;  // in a pixel
 constexpr std::int64_t PREFETCHED_ROWS = 4;  // a row in memory takes longer to come than to resize
 constexpr float KEYS_A = -0.5f;
 
@@ -27,16 +27,17 @@ struct Row {
 void resize_table(std::int64_t length, std::int64_t out, bool flip, std::int32_t* first,
                   float* weights, std::int64_t stride) {
     // position = ((2 i + 1) length - out) 2^10 / (2 out), rounded to even, step by step
-    const std::int64_t den = 2 * out, step = (2 * length) << POSITION_BITS;
-    std::int64_t num = ((length - out) << POSITION_BITS) + out;
+    const std::int64_t den = 2 * out, step = 2 * length * POSITIONS;
+    const std::int64_t num = (length - out) * POSITIONS + out;
     std::int64_t position = num / den - (num % den < 0), rest = num - position * den;
     const std::int64_t whole = step / den, part = step % den;
     float* fraction = weights;
     for (std::int64_t i = 0; i < out; ++i) {
         const std::int64_t even = position - (rest == 0 && (position & 1));
         const std::int64_t k = flip ? out - 1 - i : i;
-        first[k] = std::int32_t(even >> POSITION_BITS) - 1;
-        fraction[k] = float(even & ((1 << POSITION_BITS) - 1)) * (1.0f / (1 << POSITION_BITS));
+        const std::int64_t inside = even & (POSITIONS - 1);
+        first[k] = std::int32_t((even - inside) / POSITIONS) - 1;
+        fraction[k] = float(inside) * (1.0f / POSITIONS);
         position += whole;
         rest += part;
         const bool carry = rest >= den;
