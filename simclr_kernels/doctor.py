@@ -17,9 +17,9 @@ OPTIONAL = {
 }
 # of `train --pipeline`: the module that it needs, and what it is
 PIPELINES = {
-    "fused": (None, "our kernels, images decoded by Pillow in threads"),
-    "dali": ("nvidia.dali", "DALI decodes, on the GPU where there is one; our kernels"),
-    "kornia": ("kornia", "Kornia's operators, images decoded by Pillow in threads"),
+    "fused": (None, "Pillow decodes in threads; views by our kernels"),
+    "dali": ("nvidia.dali", "DALI decodes, on the GPU where there is one; views by our kernels"),
+    "kornia": ("kornia", "Pillow decodes in threads; views by Kornia's operators"),
 }
 
 
@@ -80,7 +80,9 @@ def _operations() -> list[list[str]]:
         ["fused_nt_xent", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
         ["fused_nt_xent", "cuda", "Triton", gpu],
         ["fused_nt_xent", "others, float64", "torch, in row blocks", "no kernel for them"],
-        ["views", "all", "torch reference, batched", "kernels of their own are not written yet"],
-        ["decoding", "cpu", "Pillow, in threads", "GPU decoding is not written yet"],
+        ["views", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
+        ["views", "cuda", "Triton", gpu],
+        ["views", "others, float64", "torch, in pieces", "no kernel for them"],
+        ["views of studies", "all", "torch, in pieces", "cutout, rotation, Sobel, noise: rare"],
         ["encoder", "all", "torch", "bfloat16 and torch.compile by default on a GPU"],
     ]
