@@ -96,6 +96,7 @@ class DecodedBatches:
     ):
         self.source, self.quarantine, self.workers = source, quarantine, workers
         self.pin_for = pin_for
+        self.chunk = CHUNK
         self.cache = PixelCache(len(source), cache_bytes)
 
     def batches(
@@ -149,10 +150,10 @@ class DecodedBatches:
         """The same, at least `total` items if not stopped, while about `ahead` are in work."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            chunks = self._chunks(order, CHUNK)
+            chunks = self._chunks(order, self.chunk)
             waiting, in_work = deque(), 0
             while total > 0 and not stop.is_set():
-                while in_work < min(total, ahead + self.workers * CHUNK):
+                while in_work < min(total, ahead + self.workers * self.chunk):
                     chunk = next(chunks)
                     waiting.append((chunk, pool.submit(self._decode, chunk)))
                     in_work += len(chunk)
