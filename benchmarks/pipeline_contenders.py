@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -127,7 +126,7 @@ def _layout(device: str) -> torch.memory_format:
 
 
 def _train(load: Load, device: str, views: Iterable[Tensor]) -> Callable[[], Tensor]:
-    """A function that takes one step of a model of its own for each batch; it returns the losses."""
+    """A function that takes a step for each batch, of a model of its own, and gives the losses."""
     encoder = build_encoder(load.encoder)
     model = SimCLR(encoder, projection_head("nonlinear", encoder.feature_dim))
     model.to(device, memory_format=_layout(device))
@@ -164,14 +163,8 @@ def _finite(answer: Tensor) -> None:
     assert answer.isfinite().all(), "not finite"
 
 
-def pipeline_measurement(
-    name: str, result: Result, load: Load, what: str, results: dict[str, Result]
-) -> dict[str, Any]:
-    """One result as it stands in the JSON files: of EPOCH or STEP.
-
-    For a STEP the share of a pipeline in it is what it takes longer than with ready-made views, and
-    the share of the loss that of the loss alone.
-    """
+def pipeline_measurement(name: str, result: Result, load: Load, what: str) -> dict[str, Any]:
+    """One result as it stands in the JSON files: of an EPOCH of views, or of STEPs."""
     record = {
         "name": name,
         "label": result.label,
@@ -180,13 +173,6 @@ def pipeline_measurement(
         "batch": load.batch_size,
         "origin": load.origin,
     }
-    record |= speed(result, load.batches * load.batch_size)
-    if what == STEP and "seconds" in record:
-        record["encoder"] = load.encoder
-        record["step_ms"] = record["seconds"] / load.batches * 1e3
-        for part, share in ((READY, "share_of_views"), (LOSS, "share_of_loss")):
-            other = results.get(part)
-            if other and other.seconds and name not in (READY, LOSS):
-                seconds = statistics.median(other.seconds) / record["seconds"]
-                record[share] = 1 - seconds if part == READY else seconds
-    return record
+    if what == STEP:
+        record |= {"encoder": load.encoder, "steps": load.batches}
+    return record | speed(result, load.batches * load.batch_size)
