@@ -1,9 +1,9 @@
 """`python -m benchmarks.plot_views RESULTS.json`: a figure, and the README's tables as text.
 
-Reads what `pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json` wrote of the views: two
-views of decoded pixels, epochs from JPEG, training steps. On a CPU rates are per core: images (pairs
-of views) a second of CPU time, of all threads and worker processes, which other work on the machine
-changes little. On a GPU they are images a second by its events.
+Reads what `pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json` wrote of the views:
+two views of decoded pixels, epochs from JPEG, training steps. On a CPU rates are per core: images
+(pairs of views) a second of CPU time, of all threads and worker processes, which other work on the
+machine changes little. On a GPU they are images a second by its events.
 """
 
 from __future__ import annotations
