@@ -51,7 +51,7 @@ def test_time_of_two_views(cuda_benchmark, request, asked, case, name):
         pytest.skip("takes minutes: --large")
 
     def info(result, results):
-        return view_measurement(name, result, case.size, DEVICE)
+        return view_measurement(name, result, case.size)
 
     cuda_benchmark(
         f"views, {case.size}",

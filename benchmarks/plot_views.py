@@ -81,7 +81,7 @@ def _label(record: dict[str, Any], ours: str) -> str:
 def _rates(group: Records, name: str, gpu: bool) -> list[str]:
     ours = next((record for record in _timed(group) if record["name"] == name), None)
     where = "images/s" if gpu else "images/s per core"
-    lines = _header(where, "times ours takes", "CPU ms an image", "images/s by the clock", "MiB")
+    lines = _header(where, "ours is faster by", "CPU ms", "images/s by the clock", "MiB")
     for record in _timed(group):
         times = digits(cost(record, gpu) / cost(ours, gpu), 2) if ours else ""
         cells = [

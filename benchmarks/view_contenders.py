@@ -110,7 +110,7 @@ def check_alike(views: Tensor, batch: int, config: AugmentConfig) -> None:
     assert not torch.equal(*views.chunk(2)), "both views are one"
 
 
-def view_measurement(name: str, result: Result, size: ViewSize, device: str) -> dict[str, Any]:
+def view_measurement(name: str, result: Result, size: ViewSize) -> dict[str, Any]:
     """One result as it stands in the JSON files: all a table or a plot needs."""
     record = {
         "name": name,

@@ -22,8 +22,10 @@ from simclr_kernels.parquet_images import ParquetImages
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PHOTO_SIZE = (375, 500)  # the most frequent of ImageNet
-PHOTOS = 192
+SYNTHETIC = 16  # different ones, where the real ones are absent
 JPEG_QUALITY = 90
+# of each octave to the one before: JPEG files nearly as large as ImageNet's
+OCTAVE_CONTRAST = 0.8
 
 
 class Images(NamedTuple):
@@ -38,7 +40,7 @@ def photos(count: int) -> Images:
     """Decoded photos of one size, 375 x 500, again from the first where there are fewer."""
     folder = DATA / "imagenet_samples"
     if not folder.is_dir():
-        return Images(_stacked([synthetic(i) for i in range(64)], count), "synthetic photos")
+        return Images(_stacked([synthetic(i) for i in range(SYNTHETIC)], count), "synthetic photos")
     source = ImageFolder(folder)
     decoded = (source.decode(i) for i in range(len(source)))
     found = [image for image in decoded if image.shape[:2] == PHOTO_SIZE]
@@ -49,7 +51,7 @@ def photos(count: int) -> Images:
 def thumbnails(count: int) -> Images:
     """Images of 32 x 32: CIFAR-10's test images."""
     if not (DATA / "cifar10").is_dir():
-        found = [synthetic(i, 32, 32) for i in range(256)]
+        found = [synthetic(i, 32, 32) for i in range(SYNTHETIC)]
         return Images(_stacked(found, count), "synthetic 32 x 32")
     source = cifar_source("test")
     found = [source.decode(i) for i in range(min(count, len(source)))]
@@ -70,7 +72,7 @@ def photo_source(count: int, scratch: Path) -> tuple[ImageSource, str]:
     folder, origin = DATA / "imagenet_samples", "ImageNet JPEG"
     if not folder.is_dir():
         folder, origin = scratch, "synthetic JPEG"
-        for i in range(min(count, PHOTOS)):
+        for i in range(min(count, SYNTHETIC)):
             path = scratch / f"{i:03d}.jpg"
             Image.fromarray(synthetic(i)).save(path, quality=JPEG_QUALITY)
     source = ImageFolder(folder)
@@ -78,7 +80,7 @@ def photo_source(count: int, scratch: Path) -> tuple[ImageSource, str]:
 
 
 def synthetic(seed: int, height: int = PHOTO_SIZE[0], width: int = PHOTO_SIZE[1]) -> np.ndarray:
-    """(height, width, 3) uint8: clouds of colour, in octaves whose contrast halves each time."""
+    """(height, width, 3) uint8: clouds of colour, in octaves of falling contrast."""
     random = torch.Generator().manual_seed(seed)
     image = torch.full((1, 3, height, width), 0.5)
     side, contrast = 2, 0.25
@@ -87,7 +89,7 @@ def synthetic(seed: int, height: int = PHOTO_SIZE[0], width: int = PHOTO_SIZE[1]
         clouds = torch.randn(1, 1, side, side, generator=random)
         clouds = clouds + 0.3 * torch.randn(1, 3, side, side, generator=random)
         image += contrast * interpolate(clouds, (height, width), mode="bilinear", antialias=True)
-        side, contrast = 2 * side, contrast / 2
+        side, contrast = 2 * side, contrast * OCTAVE_CONTRAST
     return image.clamp(0, 1).mul(255).byte()[0].permute(1, 2, 0).contiguous().numpy()
 
 

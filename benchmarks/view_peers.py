@@ -47,7 +47,6 @@ class ViewPeer(NamedTuple):
     call: Callable[[], Any]
     around: Callable[[], AbstractContextManager] = partial(torch_threads, 1)
     exact: bool = False
-    threads: int = 1
 
 
 def view_dtype(images: Tensor) -> torch.dtype:
@@ -63,7 +62,7 @@ def _ours(images: Tensor, config: AugmentConfig, threads: int = 1) -> ViewPeer:
         arguments = {"seed": SEED, "epoch": epoch, "index": index, "dtype": view_dtype(images)}
         return epoch, two_views(images, config, **arguments)
 
-    return ViewPeer("ours", call, partial(torch_threads, threads), True, threads)
+    return ViewPeer("ours", call, partial(torch_threads, threads), exact=True)
 
 
 def _ours_on_all_cores(images: Tensor, config: AugmentConfig) -> ViewPeer:
