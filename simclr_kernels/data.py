@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from simclr_kernels.decode import DecodeError, decode_image
+from simclr_kernels.decode import DecodeError, declared_size, decode_image
 from simclr_kernels.image_folder import ImageFolder, class_folders
 from simclr_kernels.parquet_images import ParquetImages
 from simclr_kernels.shapes10 import CLASSES, SPLITS, render
@@ -31,6 +32,7 @@ __all__ = [
     "Subset",
     "MissingSplit",
     "decode_image",
+    "decoded_bytes",
     "open_source",
     "open_splits",
     "shapes10",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 FINGERPRINTED_IMAGES = 4096
+MEASURED_IMAGES = 64
 SPLIT_STREAM = 2**32  # second word of the Philox key; shapes10 uses 0 and 1
 SPLIT_NAMES = {  # what a split's folder or Parquet files may be called, the first found wins
     "train": ("train", "training"),
@@ -310,6 +313,19 @@ def _missing_split(root: Path, split: str, found: str) -> MissingSplit:
         f"{root} must hold a subfolder or Parquet files named {looked_for} for the split "
         f"{split!r}, got {found}"
     )
+
+
+def decoded_bytes(source: ImageSource) -> int:
+    """About what all images take as uint8 pixels, by the headers of up to 64 of them.
+
+    The source must offer `encoded`. Unreadable images are left out; 0 where all of those are.
+    """
+    sizes = []
+    for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED_IMAGES)).astype(int):
+        with suppress(DecodeError):
+            height, width = declared_size(source.encoded(int(i)))
+            sizes.append(3 * height * width)
+    return int(np.mean(sizes) * len(source)) if sizes else 0
 
 
 def _check_seed(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from importlib import metadata
 
@@ -13,6 +14,12 @@ from simclr_kernels.report import table
 OPTIONAL = {
     "triton": "GPU kernels",
     "pyarrow": "Parquet data sets, pip install simclr-kernels[hf]",
+}
+# of `train --pipeline`: the module that it needs, and what it is
+PIPELINES = {
+    "fused": (None, "our kernels, images decoded by Pillow in threads"),
+    "dali": ("nvidia.dali", "DALI decodes, on the GPU where there is one; our kernels"),
+    "kornia": ("kornia", "Kornia's operators, images decoded by Pillow in threads"),
 }
 
 
@@ -27,7 +34,24 @@ def doctor() -> str:
         lines.append(f"{package}: {_version(package)} ({purpose})")
     lines.append(_gpus())
     lines += ["", table(_operations(), ["operation", "tensors on", "runs", "because"])]
+    lines += ["", table(_pipelines(), ["pipeline", "here", "what it is"])]
     return "\n".join(lines)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _pipelines() -> list[list[str]]:
+    rows = []
+    for name, (module, what) in PIPELINES.items():
+        here = module is None or is_installed(module)
+        rows.append([name, "yes" if here else f"pip install simclr-kernels[{name}]", what])
+    return rows
 
 
 def _version(package: str) -> str:
@@ -47,7 +71,7 @@ def _gpus() -> str:
 
 
 def _operations() -> list[list[str]]:
-    instructions = _C.ntxent_instruction_sets()[0]
+    instructions = _C.instruction_sets()[0]
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     triton = _version("triton")
     if triton == "not installed":

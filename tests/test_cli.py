@@ -102,7 +102,8 @@ def test_settings_come_from_yaml_flags_and_the_run_itself(run, data):
     assert status == 0, err
     settings = yaml.safe_load(Path("r/config.yaml").read_text())
     assert (settings["batch_size"], settings["views"]["size"]) == (48, 8)
-    assert settings["precision"] == "float32"
+    assert settings["precision"] == "float32" and settings["pipeline"] == "fused"
+    assert "pipeline fused: exact; there is no GPU to decode on\n" in err
     status, out, err = run("train --resume r")
     assert status == 0, err
     assert "2 of 2 steps" in out
@@ -190,7 +191,9 @@ def test_doctor_says_what_runs_where(run):
     status, out, _ = run("doctor")
     assert status == 0
     assert "simclr_kernels 0." in out
-    assert [line.split("  ")[0] for line in out.splitlines()].count("fused_nt_xent") == 3
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    assert rows.count("fused_nt_xent") == 3
+    assert [rows.count(name) for name in ("fused", "dali", "kornia")] == [1, 1, 1]
 
 
 def test_demo_prints_a_row_for_each_variant_and_leaves_its_figures(run):

@@ -29,6 +29,7 @@ from simclr_kernels.pipelines import epoch_order
 from simclr_kernels.pipelines.decoding import PixelCache
 from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.pipelines.quarantine import Quarantine
+from simclr_kernels.pipelines.resident import holds_all_but
 
 __all__ = ["folder"]  # a fixture
 
@@ -75,7 +76,7 @@ class TestFusedViews(PipelineContract):
 
 class TestFusedViewsWithoutThreads(PipelineContract):
     def make(self, source, batch_size, **options):
-        return FusedViews(source, CONFIG, batch_size, workers=0, cache_gib=0, **options)
+        return FusedViews(source, CONFIG, batch_size, **{"workers": 0, "cache_gib": 0} | options)
 
 
 def test_epoch_order_is_a_pinned_permutation():
@@ -154,15 +155,35 @@ def test_views_have_the_dtype_and_memory_format_asked_for(folder):
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_the_same_by_every_route(folder):
     arrays = ArrayImages(np.stack([folder.decode(i) for i in range(N)]), folder.labels)
-    runs = []
-    for source in (folder, arrays):
-        for cache_gib in (0, 2):
-            pipeline = FusedViews(source, CONFIG, 8, device="cuda", cache_gib=cache_gib)
-            list(pipeline)
-            runs.append(list(pipeline))  # the second pass finds what the first has kept
-    assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
-    for run in runs[1:]:
-        assert_same_batches(run, runs[0])
+    ragged = Listed(random_images(N, (20, 24), (17, 40), (33, 9)))
+    for sources in ((folder, arrays), (ragged,)):
+        runs = []
+        for source in sources:
+            for cache_gib in (0, 2):
+                pipeline = FusedViews(source, CONFIG, 10, device="cuda", cache_gib=cache_gib)
+                list(pipeline)
+                runs.append(list(pipeline))  # the second pass finds what the first has kept
+                assert (pipeline._resident() is None) == (cache_gib == 0)
+        assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
+        for run in runs[1:]:
+            assert_same_batches(run, runs[0])
+
+
+@pytest.mark.gpu
+def test_views_made_beside_the_encoder_are_those_made_alone():
+    pipeline = FusedViews(Listed(random_images(64, (40, 30), (30, 50))), CONFIG, 8, device="cuda")
+    alone = [batch.views.clone() for batch in pipeline]
+    torch.cuda.synchronize()
+    work = torch.randn(2048, 2048, device="cuda")
+    beside = []
+    for batch in pipeline:
+        for _ in range(20):
+            work = (work @ work).clamp(-1, 1)
+        beside.append(batch.views * 1)
+        del batch
+    for a, b in zip(alone, beside, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert pipeline.seconds["views"] > 0
 
 
 def test_cached_images_are_decoded_once():
@@ -172,6 +193,52 @@ def test_cached_images_are_decoded_once():
         pipeline.set_epoch(epoch)
         list(pipeline)
     assert sorted(source.decoded) == list(range(32))
+
+
+class Watched(FusedViews):
+    """Keeps the pixels that the views are made of."""
+
+    def _views(self, pixels, index):
+        self.pixels = pixels
+        return super()._views(pixels, index)
+
+
+def test_images_of_different_sizes_become_resident_and_are_not_copied_any_more():
+    source = Listed(random_images(32, (8, 8), (5, 12)))
+    pipeline = Watched(source, CONFIG, 16, workers=2)
+    first = [pipeline.pixels.buffer.data_ptr() for _ in pipeline]
+    source.decode = None  # whoever calls it fails
+    pipeline.set_epoch(1)
+    then = [pipeline.pixels.buffer.data_ptr() for _ in pipeline]
+    assert len(set(first)) == 2 and len(set(then)) == 1
+    assert pipeline.pixels.buffer.numel() == sum(image.nbytes for image in source.items)
+
+
+def test_images_above_the_limit_are_decoded_in_every_epoch():
+    images = random_images(32, (8, 8), (5, 12))
+    source = Listed(images)
+    room = sum(image.nbytes for image in images) - 1
+    pipeline = FusedViews(source, CONFIG, 16, workers=2, cache_gib=room / 2**30)
+    for epoch in range(3):
+        pipeline.set_epoch(epoch)
+        list(pipeline)
+    assert len(source.decoded) == 32 + 2
+
+
+def test_resident_images_are_decoded_again_where_a_state_knows_fewer_unreadable_ones():
+    items = random_images(16, (8, 8), (5, 12))
+    readable = items[3]
+    items[3] = DecodeError("broken")
+    pipeline = FusedViews(Listed(items), CONFIG, 5, workers=0, max_bad_fraction=0.5)
+    before = pipeline.state_dict()
+    for epoch in range(4):
+        pipeline.set_epoch(epoch)
+        list(pipeline)
+    assert pipeline.quarantined == 1 and pipeline._resident() is not None
+    items[3] = readable  # repaired
+    pipeline.load_state_dict(before)
+    assert_same_batches(pipeline, FusedViews(Listed(items), CONFIG, 5))
+    assert pipeline.quarantined == 0
 
 
 def test_without_cache_an_epoch_decodes_no_more_than_it_needs():
@@ -198,9 +265,9 @@ def test_cache_knows_which_images_it_lacks():
     cache = PixelCache(4, limit_bytes=1e6)
     for i, image in enumerate(random_images(3, (8, 8))):
         cache.put(i, image)
-    assert cache.holds_all_but([3]) and cache.holds_all_but([0, 3])
+    assert holds_all_but(cache.held, [3]) and holds_all_but(cache.held, [0, 3])
     # as many as are missing, but not those
-    assert not cache.holds_all_but([0]) and not cache.holds_all_but([])
+    assert not holds_all_but(cache.held, [0]) and not holds_all_but(cache.held, [])
 
 
 def test_names_that_are_not_utf8_are_logged(tmp_path):
