@@ -13,8 +13,8 @@ pipelines' modules), so that shape and range are all that is checked.
 
 from __future__ import annotations
 
+import importlib
 import itertools
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
@@ -155,34 +155,12 @@ def _albumentations(images: Tensor, config: AugmentConfig, to_float: bool = Fals
 @cache
 def torchvision_v2() -> Any:
     """torchvision.transforms.v2."""
-    reason = _import_torchvision()
-    if reason and "operator torchvision::nms" in reason:
-        # built for another torch: its operators do not load, and only their names are missing
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _declare_its_operators()
-        reason = _import_torchvision()
-    if reason:
-        raise PeerMissing(f"torchvision cannot be imported: {reason}")
-    from torchvision.transforms import v2
-
-    return v2
-
-
-@cache  # dropping the library would drop what it declares
-def _declare_its_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-def _import_torchvision() -> str | None:
     try:
-        import torchvision.transforms.v2  # noqa: F401
-    except Exception as error:  # built for another torch it raises what it likes
-        return f"{type(error).__name__}: {error}"
-    return None
+        importlib.import_module("benchmarks.torchvision_operators")
+        from torchvision.transforms import v2
+    except Exception as error:  # where it was built for another torch it raises what it likes
+        raise PeerMissing(f"torchvision cannot be imported: {error}") from error
+    return v2
 
 
 def torchvision_transform(config: AugmentConfig) -> Callable[[Any], Tensor]:
