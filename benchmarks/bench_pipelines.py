@@ -26,7 +26,7 @@ from simclr_kernels.data import ArrayImages
 
 GPU = DEVICE == "cuda"
 JPEGS, JPEG_BATCH = (4096, 512) if GPU else (192, 64)
-STEPS, STEP_BATCH = (8, 512) if GPU else (4, 128)
+STEPS, STEP_BATCH = (8, 512) if GPU else (4, 64)
 # the arrays of a CPU's step are not encoded, so that there is nothing for DALI to decode
 OF_A_STEP = tuple(PIPELINES) if GPU else ("fused-cached", "kornia", "albumentations", "torchvision")
 

@@ -45,7 +45,11 @@ def dali_two_views(
 
     def call():
         # the outputs belong to DALI until the next run: the copy is what a loader hands over
-        return torch.cat([torch.from_dlpack(views.as_tensor()) for views in built.run()])
+        views = torch.cat([torch.from_dlpack(views.as_tensor()) for views in built.run()])
+        if images.is_cuda:
+            # DALI's own iterator waits for its copies too
+            torch.cuda.current_stream().synchronize()
+        return views
 
     return call
 

@@ -48,8 +48,11 @@ class PipelinePeer(NamedTuple):
     exact: bool = False
 
 
-def _dtype(device: str) -> torch.dtype:
-    return torch.float16 if device == "cuda" else torch.float32
+def _options(device: str) -> dict[str, Any]:
+    """What all pipelines of this library are given: views as a training step takes them."""
+    gpu = device == "cuda"
+    dtype = torch.float16 if gpu else torch.float32
+    return dict(seed=SEED, device=device, workers=cores(), dtype=dtype, channels_last=gpu)
 
 
 def _epochs(pipeline: Any) -> Callable[[], tuple[int, Iterator[Batch]]]:
@@ -67,8 +70,7 @@ def _fused(
     source: ImageSource, config: AugmentConfig, batch_size: int, device: str, cached: bool = False
 ) -> PipelinePeer:
     cache_gib = GIB_OF_CACHE if cached else 0
-    options = {"seed": SEED, "device": device, "dtype": _dtype(device), "cache_gib": cache_gib}
-    pipeline = FusedViews(source, config, batch_size, workers=cores(), **options)
+    pipeline = FusedViews(source, config, batch_size, cache_gib=cache_gib, **_options(device))
     label = "FusedViews" + (", decoded once" if cached else "")
     return PipelinePeer(label, _epochs(pipeline), exact=True)
 
@@ -84,10 +86,10 @@ def _other(
     **options: Any,
 ) -> PipelinePeer:
     """KorniaViews or DALIViews, decoding anew in every epoch."""
-    options |= {"seed": SEED, "device": device, "workers": cores(), "cache_gib": 0}
+    options |= _options(device) | {"cache_gib": 0}
     try:
         views = getattr(importlib.import_module(f"simclr_kernels.pipelines.{module}"), name)
-        pipeline = views(source, config, batch_size, dtype=_dtype(device), **options)
+        pipeline = views(source, config, batch_size, **options)
     except ImportError as error:
         raise PeerMissing(f"{name}: {error}") from error
     return PipelinePeer(label, _epochs(pipeline))
@@ -147,7 +149,7 @@ def _albumentations(
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
 
     def finish(views: Tensor) -> Tensor:
-        return views.permute(0, 3, 1, 2).to(_dtype(device)).div_(255)
+        return views.permute(0, 3, 1, 2).to(_options(device)["dtype"]).div_(255)
 
     label = "albumentations, OpenCV, DataLoader"
     in_worker = lambda worker: cv2.setNumThreads(0)  # noqa: E731
@@ -166,7 +168,7 @@ def _torchvision(
         return on_tensor(v2.functional.to_image(image))
 
     def finish(views: Tensor) -> Tensor:
-        return views.to(_dtype(device))
+        return views.to(_options(device)["dtype"])
 
     label = "torchvision v2, Pillow, DataLoader"
     return _loader(source, batch_size, device, decode, transform, finish, label)
