@@ -80,7 +80,8 @@ def _operations() -> list[list[str]]:
         ["fused_nt_xent", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
         ["fused_nt_xent", "cuda", "Triton", gpu],
         ["fused_nt_xent", "others, float64", "torch, in row blocks", "no kernel for them"],
-        ["views", "all", "torch reference, batched", "kernels of their own are not written yet"],
+        ["views", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
+        ["views", "others, float64", "torch reference, batched", "no kernel for them"],
         ["decoding", "cpu", "Pillow, in threads", "GPU decoding is not written yet"],
         ["encoder", "all", "torch", "bfloat16 and torch.compile by default on a GPU"],
     ]
