@@ -159,7 +159,7 @@ def save_plot(records: Records, out_png: str | Path, device: str, gpu: bool) -> 
         for ax, (key, group) in zip(axes, panels.values(), strict=True):
             _draw(ax, key, group, gpu)
         unit = "images (pairs of views) a second" + ("" if gpu else " of one core")
-        axes[-1].set_xlabel(f"{unit}, logarithmic")
+        axes[-1].set_xlabel(unit)
         figure.suptitle(device, x=0.01, ha="left", color=MUTED, fontsize=7)
         write_png(figure, out_png)
 
@@ -184,8 +184,7 @@ def _draw(ax: Axes, key: tuple, group: Records, gpu: bool) -> None:
         if ours and record["name"] != OURS[what]:
             text += f"   ours {digits(ours / value, 2)} x"
         ax.text(value, place, text, va="center", fontsize=7, color=INK)
-    ax.set_xscale("log")
-    ax.set_xlim(min(values) / 2, max(values) * 4)
+    ax.set_xlim(0, max(values) * 1.15)
     ax.grid(False, axis="y")
     ax.grid(True, axis="x")
     ax.set_title(
