@@ -141,11 +141,11 @@ class Pipeline:
             iteration = self._running and self._running()
             # Lightning makes its iterator before it says which epoch a continued run is in
             if iteration is not None and inspect.getgeneratorstate(iteration) != GEN_CREATED:
-                self.close()
+                self._end_iteration()
             self._epoch, self._position, self._start = epoch, 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self.close()
+        self._end_iteration()
         iteration = self._iterate()
         # not a strong reference: an abandoned iteration must end
         self._running = weakref.ref(iteration)
@@ -196,7 +196,7 @@ class Pipeline:
                     f"a resumed pipeline must have the {key} of the saved state, "
                     f"got {own[key]!r} where the state has {state[key]!r}"
                 )
-        self.close()
+        self._end_iteration()
         self.quarantine.restore(state["quarantined"])
         self._epoch = state["epoch"]
         self._position = self._start = state["position"]
@@ -212,6 +212,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the iteration in progress, if any, and its background work."""
+        self._end_iteration()
+
+    def _end_iteration(self) -> None:
         iteration = self._running and self._running()
         if iteration is not None:
             iteration.close()

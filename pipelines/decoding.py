@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -69,11 +69,6 @@ class PixelCache:
         """(n,) bool: which images are kept."""
         return self.sizes[:, 0] > 0
 
-    def one_size(self) -> tuple[int, int] | None:
-        """Height and width if all that are kept have the same, else None."""
-        sizes = self.sizes[self.held]
-        return tuple(sizes[0].tolist()) if len(sizes) and (sizes == sizes[0]).all() else None
-
     def packed(self) -> PackedImages:
         """The buffer itself as images 0 .. n - 1, of which those not kept must not be taken."""
         tensors = (self._buffer[: self.used_bytes], self.offsets, self.sizes)
@@ -88,7 +83,7 @@ class DecodedBatches:
         quarantine: takes the unreadable items.
         workers: decoding threads; 0 decodes in the calling thread, without prefetching.
         cache_bytes: limit on decoded pixels kept in memory.
-        pin: whether batches lie in page-locked memory, for copies to a GPU.
+        pin_for: a GPU for whose copies batches lie in page-locked memory, or None.
     """
 
     def __init__(
@@ -97,9 +92,11 @@ class DecodedBatches:
         quarantine: Quarantine,
         workers: int,
         cache_bytes: float,
-        pin: bool = False,
+        pin_for: torch.device | None = None,
     ):
-        self.source, self.quarantine, self.workers, self.pin = source, quarantine, workers, pin
+        self.source, self.quarantine, self.workers = source, quarantine, workers
+        self.pin_for = pin_for
+        self.chunk = CHUNK
         self.cache = PixelCache(len(source), cache_bytes)
 
     def batches(
@@ -126,17 +123,21 @@ class DecodedBatches:
                 batch = list(islice(items, batch_size))
                 if len(batch) < batch_size:
                     return  # stopped
-                index, images = zip(*batch, strict=True)
-                index = torch.tensor(index)
-                yield index.pin_memory() if self.pin else index, self._collated(images)
+                yield self._collated(*zip(*batch, strict=True))
 
-    def _collated(self, images: tuple[np.ndarray, ...]) -> Tensor | PackedImages:
-        if len({image.shape for image in images}) > 1:
-            return PackedImages.from_images(images, pin_memory=self.pin)
-        shape = (len(images), *images[0].shape)
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
-        np.stack(images, out=pixels.numpy())
-        return pixels
+    def _collated(
+        self, index: tuple[int, ...], images: tuple[np.ndarray, ...]
+    ) -> tuple[Tensor, Tensor | PackedImages]:
+        pin = self.pin_for is not None
+        # a thread begins on GPU 0, and locking pages would open that one
+        with torch.cuda.device(self.pin_for) if pin else nullcontext():
+            numbers = torch.tensor(index, pin_memory=pin)
+            if len({image.shape for image in images}) > 1:
+                return numbers, PackedImages.from_images(images, pin_memory=pin)
+            shape = (len(images), *images[0].shape)
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+            np.stack(images, out=pixels.numpy())
+            return numbers, pixels
 
     def _decoded_here(self, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The readable items of order, without end, with their pixels."""
@@ -149,10 +150,10 @@ class DecodedBatches:
         """The same, at least `total` items if not stopped, while about `ahead` are in work."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            chunks = self._chunks(order, CHUNK)
+            chunks = self._chunks(order, self.chunk)
             waiting, in_work = deque(), 0
             while total > 0 and not stop.is_set():
-                while in_work < min(total, ahead + self.workers * CHUNK):
+                while in_work < min(total, ahead + self.workers * self.chunk):
                     chunk = next(chunks)
                     waiting.append((chunk, pool.submit(self._decode, chunk)))
                     in_work += len(chunk)

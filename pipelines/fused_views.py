@@ -3,9 +3,8 @@
 Images are decoded once, by threads that run ahead of the training loop, and kept as uint8 pixels as
 far as cache_gib allows, whatever their sizes. Once all of them are kept (at once for a source of
 arrays) they are resident in the memory of the device: a batch is then a choice among them, and
-nothing is decoded, copied to the device or prefetched any more. Images of different sizes are not
-even copied within the device. What does not fit is decoded anew in every epoch and, on a GPU,
-copied there from page-locked memory.
+nothing is decoded, copied or prefetched any more. What does not fit is decoded anew in every epoch
+and, on a GPU, copied there from page-locked memory.
 
 On a GPU both views come from kernels on a stream of their own, one batch ahead of the training
 loop, so that they run beside the encoder (side_stream.py); never beyond the end of an epoch. On a
@@ -102,6 +101,7 @@ class FusedViews(Pipeline):
         self.config, self.dtype = config, dtype
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._cache_bytes = cache_gib * 2**30
         images = getattr(source, "images", None)
         in_memory = images is not None and not isinstance(images, np.memmap)
@@ -111,12 +111,11 @@ class FusedViews(Pipeline):
             workers,
             # what is in memory already is not kept twice
             0 if in_memory else self._cache_bytes,
-            pin=self.device.type == "cuda",
+            pin_for=None if self._stream is None else self._stream.device,
         )
         labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._labels = torch.tensor(labels, dtype=torch.int64, device=self.device)
         self._kept: ResidentImages | None = None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._stopwatch = Stopwatch(self.seconds, self.device)
 
     def _batches(self, order: np.ndarray, count: int) -> Iterator[Batch]:
@@ -156,7 +155,7 @@ class FusedViews(Pipeline):
             # on the device once an epoch; the order starts again where it ends
             chosen = torch.from_numpy(np.resize(order, (count, self.batch_size))).to(self.device)
             for index in chosen:
-                yield index, resident.take(index)
+                yield index, resident.pixels.take(index)
             return
         with closing(self._decoder.batches(order, self.batch_size, count)) as batches:
             for index, pixels in batches:
@@ -168,7 +167,7 @@ class FusedViews(Pipeline):
     def _resident(self) -> ResidentImages | None:
         """All readable images on the device, if they are in memory and fit there."""
         missing = self.quarantine.items()
-        if self._kept is not None and not self._kept.holds_all_but(missing):
+        if self._kept is not None and not holds_all_but(self._kept.held, missing):
             self._kept = None  # a restored state knows of fewer unreadable images
         if self._kept is None:
             self._kept = self._newly_resident(missing)

@@ -1,12 +1,16 @@
-"""All readable images of a source in the memory of one device: a batch is a choice among them."""
+"""All readable images of a source in the memory of one device: a batch is a choice among them.
+
+Images of one size are packed as well: the kernels read what a crop needs from where it lies, which
+on a CPU is up to a tenth faster than gathering whole images into a batch first.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines.decoding import PixelCache
@@ -20,45 +24,29 @@ class ResidentImages:
     """Decoded images by their number in the source.
 
     Attributes:
-        pixels: (m, H, W, 3) uint8 where all have one size, an array on a CPU and a tensor
-            elsewhere; PackedImages, numbered as the source, where sizes differ.
-        rows: (n,) int64, the row of pixels that holds an item; None: item i is row i.
-        held: (n,) bool, which items are among them.
+        pixels: numbered as the source; those that are not held must not be taken.
+        held: (n,) bool.
     """
 
-    pixels: np.ndarray | Tensor | PackedImages
-    rows: Tensor | None
+    pixels: PackedImages
     held: np.ndarray
 
     @classmethod
     def of_array(cls, images: np.ndarray, device: torch.device) -> ResidentImages:
-        """Of (n, H, W, 3) uint8; on a CPU the array itself, memory-mapped or not."""
-        pixels = images if device.type == "cpu" else torch.tensor(images, device=device)
-        return cls(pixels, None, np.ones(len(images), bool))
+        """Of (n, H, W, 3) uint8; on a CPU the memory of the array itself if it is contiguous."""
+        n, height, width, _ = images.shape
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of read-only arrays: nothing writes into them
+            buffer = torch.from_numpy(np.ascontiguousarray(images).reshape(-1))
+        offsets = torch.arange(n) * (3 * height * width)
+        sizes = torch.tensor([height, width]).repeat(n, 1)
+        pixels = PackedImages(buffer, offsets, sizes, checked=True)
+        return cls(pixels.to(device), np.ones(n, bool))
 
     @classmethod
     def of_cache(cls, cache: PixelCache, device: torch.device) -> ResidentImages:
         """Of what a cache holds; on a CPU its own buffer."""
-        packed, held = cache.packed(), cache.held
-        size = cache.one_size()
-        if size is None:
-            return cls(packed.to(device), None, held)
-        rows = packed.offsets // (3 * size[0] * size[1])
-        pixels = packed.buffer.view(-1, *size, 3).to(device)
-        return cls(pixels.numpy() if device.type == "cpu" else pixels, rows.to(device), held)
-
-    def take(self, index: Tensor) -> Tensor | PackedImages:
-        """Pixels of index (B,) int64 on the device: (B, H, W, 3), or uncopied PackedImages."""
-        if isinstance(self.pixels, PackedImages):
-            return self.pixels.take(index)
-        rows = index if self.rows is None else self.rows[index]
-        if isinstance(self.pixels, Tensor):
-            return self.pixels.index_select(0, rows)
-        return torch.from_numpy(self.pixels.take(rows.numpy(), axis=0))
-
-    def holds_all_but(self, missing: list[int]) -> bool:
-        """Whether it lacks no item but the missing ones."""
-        return holds_all_but(self.held, missing)
+        return cls(cache.packed().to(device), cache.held)
 
 
 def holds_all_but(held: np.ndarray, missing: list[int]) -> bool:

@@ -32,12 +32,13 @@ def on_side_stream(batches: Generator, stream: torch.cuda.Stream) -> Generator:
     device = stream.device
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
-        for batch, made in one_ahead(_made_on(stream, batches)):
-            training = torch.cuda.current_stream(device)
-            training.wait_event(made)
-            for tensor in batch:
-                tensor.record_stream(training)
-            yield batch
+        with closing(one_ahead(_made_on(stream, batches))) as ahead:
+            for batch, made in ahead:
+                training = torch.cuda.current_stream(device)
+                training.wait_event(made)
+                for tensor in batch:
+                    tensor.record_stream(training)
+                yield batch
     finally:
         torch.cuda.current_stream(device).wait_stream(stream)
 

@@ -116,6 +116,17 @@ def test_settings_come_from_yaml_flags_and_the_run_itself(run, data):
     assert "temperature is 0.5, the run has 0.1" in err
 
 
+@pytest.mark.parametrize("pipeline", ["kornia"])
+def test_other_pipelines_train_and_are_kept_when_a_run_continues(run, data, pipeline):
+    status, _, err = run(f"train --data data --epochs 1 {SMALL} --pipeline {pipeline} --run_dir r")
+    assert status == 0, err
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["pipeline"] == pipeline
+    status, out, err = run("train --resume r")
+    assert status == 0 and "3 of 3 steps" in out, err
+    status, _, err = run("train --resume r --pipeline fused")
+    assert status == 1 and f"pipeline is fused, the run has {pipeline}" in err
+
+
 def test_print_config_shows_every_setting(run, capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--data", "shapes10", "--views.size", "24", "--print_config"])

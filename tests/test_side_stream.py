@@ -1,12 +1,40 @@
 """Batches on a stream of their own: order, errors, and no race in any order of execution."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pipeline_contract import SIDE, PipelineContract, folder
 
+from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.pipelines.side_stream import Stopwatch, on_side_stream, one_ahead
+
+__all__ = ["folder"]  # a fixture
+
+
+class TestFusedViewsOneAhead(PipelineContract):
+    """The contract where batches are made one ahead, on a CPU whose streams do nothing."""
+
+    @pytest.fixture(autouse=True)
+    def streams(self, monkeypatch):
+        nothing = SimpleNamespace(
+            device=None,
+            wait_stream=lambda stream: None,
+            wait_event=lambda event: None,
+            record_event=lambda: None,
+        )
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: nothing)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        self.stream = nothing
+
+    def make(self, source, batch_size, **options):
+        pipeline = FusedViews(source, AugmentConfig.cifar10(SIDE), batch_size, **options)
+        pipeline._stream = self.stream
+        return pipeline
 
 
 def test_items_are_made_one_ahead_and_handed_out_in_order():
