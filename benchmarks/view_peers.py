@@ -210,10 +210,17 @@ def _kornia(images: Tensor, config: AugmentConfig) -> ViewPeer:
         operations.append(K.RandomGaussianBlur((WINDOW, WINDOW), config.sigma_px, p=config.blur[0]))
     transform = torch.nn.Sequential(*operations)
 
+    # on a CPU pieces of 8 photos take half the time of 64 at once: their temporaries stay in memory
+    step = 8 if config.size > 32 and not images.is_cuda else len(images)
+
     def call():
-        pixels = images.permute(0, 3, 1, 2).float() / 255
+        views = [[], []]
         with torch.no_grad():
-            return torch.cat([transform(pixels), transform(pixels)])
+            for piece in images.split(step):
+                pixels = piece.permute(0, 3, 1, 2).float() / 255
+                for view in views:
+                    view.append(transform(pixels))
+        return torch.cat(views[0] + views[1])
 
     return ViewPeer("Kornia", call)
 
