@@ -12,6 +12,7 @@ decode_image. The path of a file thus never depends on the batch it is in.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from simclr_kernels.pipelines.quarantine import Quarantine
 CHUNK = 64  # images DALI decodes at once
 END_MARK = b"\xff\xd9"
 TRAILING_BYTES = 64  # that may follow it, as padding does
+XMP_ORIENTATION = re.compile(rb"tiff:Orientation(=\"|>)[2-8]")  # where Pillow looks for it
 
 
 class DALIDecodedBatches(DecodedBatches):
@@ -180,7 +182,7 @@ def _is_not_rgb(content: bytes, max_pixels: int) -> bool:
 
 
 def _has_no_xmp_orientation(content: bytes, max_pixels: int) -> bool:
-    return b"tiff:Orientation" not in content
+    return XMP_ORIENTATION.search(content) is None
 
 
 FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
