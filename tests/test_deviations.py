@@ -22,10 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
 
 AGAINST_TORCHVISION = """
-import sys
 import torch
-sys.path.append("tests")
-import torchvision_operators
+import benchmarks.torchvision_operators
 import torchvision.transforms.v2.functional as theirs
 from torchvision.transforms.v2 import InterpolationMode
 from benchmarks import torchvision_formulas as ours
