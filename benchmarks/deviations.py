@@ -16,9 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -49,7 +51,14 @@ class Column:
 
 
 def _pipeline(name: str) -> Callable[[], View]:
-    return lambda: lambda images, params, config: view_by(name, images, params, config)
+    # DALI takes one caller at a time
+    turn = Lock() if name == "dali" else nullcontext()
+
+    def view(images: Any, params: AugmentParams, config: AugmentConfig) -> Tensor:
+        with turn:
+            return view_by(name, images, params, config)
+
+    return lambda: view
 
 
 def _formulas(module: str, name: str, **options: str) -> Callable[[], View]:
@@ -290,19 +299,21 @@ libraries' own transforms (torchvision by its published formulas, tested against
 package), with every image's own parameters and order.
 
 - **Resize.** The original interpolates with Keys' kernel, A = -0.5, without antialias, and leaves
-  out taps beyond the crop. Kornia and albumentations (OpenCV) have A = -0.75; Kornia's transform
-  also aligns corners. torchvision smooths before it shrinks (antialias), and its default is
-  bilinear.
+  out taps beyond the crop. DALI's cubic without antialias is the same but for that edge. Kornia
+  and albumentations (OpenCV) have A = -0.75; Kornia's transform also aligns corners. torchvision
+  smooths before it shrinks (antialias), and its default is bilinear.
 - **Brightness.** SimCLR v1 and BYOL add; the transforms of the others only multiply. Ports take
   the factor 1 + d for the addend d, and so does this table: the largest difference of all, and
   that of the recipes simclr_v1 and byol.
 - **Contrast.** The original moves each channel away from its own mean; the others away from one
-  gray mean.
-- **Saturation.** The original scales the S of HSV, clipped; the others blend with the gray image,
-  which keeps luma and not the largest channel. On saturated colours this is the largest
-  difference of the multiplying recipe.
+  gray mean, DALI away from 0.5 whatever the photo: its largest difference.
+- **Saturation.** The original scales the S of HSV, clipped; the others blend with the gray image
+  (DALI: scale I and Q of YIQ, which is the same), which keeps luma and not the largest channel.
+  On saturated colours this is the largest difference of the multiplying recipe.
 - **Hue.** The same rotation in HSV in Kornia and torchvision; albumentations has 180 steps of hue
-  in 8 bits.
+  in 8 bits. DALI turns I and Q of YIQ, a linear map.
+- **Order and clips.** DALI's `color_twist` is one matrix: hue and saturation first, then contrast
+  and brightness, one clip at the end. The others take the drawn order and clip after each.
 - **Blur.** The same 23 taps, but the original pads with zeros, which darkens the frame; the
   others mirror the image. Only the outer 11 pixels differ.
 - **Grayscale, 8 bits.** Kornia weighs red by 0.299 for 0.2989. albumentations rounds to 8 bits

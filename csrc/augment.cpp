@@ -50,7 +50,7 @@ void make_views(const Images& images, std::int64_t views, const ViewFormat& form
     const ViewKernels& kernels = view_kernels();
     const std::int64_t pixels = format.size * format.size;
     const std::int64_t view_bytes = 3 * pixels * (format.dtype == Dtype::FLOAT32 ? 4 : 2);
-    const std::int64_t floats = Scratch(format.size).floats(format.size);
+    const std::int64_t floats = Scratch(format.size).floats();
     const std::int64_t grain = std::max<std::int64_t>(1, SMALLEST_SHARED_PIXELS / pixels);
     const std::int64_t shares = (views + grain - 1) / grain;
     threads = int(std::min<std::int64_t>(usable_threads(threads, shares > 1), shares));
@@ -93,6 +93,18 @@ void refuse_wide(std::int64_t width) {
                                     std::to_string(width));
 }
 
+void refuse_order(std::int64_t i, const std::int8_t* order) {
+    unsigned seen = 0;
+    std::string text;
+    for (int k = 0; k < 4; ++k) {
+        seen |= order[k] >= 0 && order[k] < 4 ? 1u << order[k] : 0;
+        text += (k ? ", " : "") + std::to_string(order[k]);
+    }
+    if (seen != 15)
+        throw std::invalid_argument("the order of image " + std::to_string(i) +
+                                    " must be a permutation of 0, 1, 2, 3, got " + text);
+}
+
 }  // namespace
 
 ViewParams ParamArrays::get(std::int64_t i) const {
@@ -119,7 +131,10 @@ void ParamArrays::set(std::int64_t i, const ViewParams& p) const {
 
 void augment_views(const Images& images, const ParamArrays& params, const ViewFormat& format,
                    int threads) {
-    for (std::int64_t i = 0; i < images.count; ++i) refuse_wide(params.crop[4 * i + 3]);
+    for (std::int64_t i = 0; i < images.count; ++i) {
+        refuse_wide(params.crop[4 * i + 3]);
+        refuse_order(i, params.order + 4 * i);
+    }
     make_views(images, images.count, format, threads,
                [&](std::int64_t k, const Image&) { return params.get(k); });
 }

@@ -10,8 +10,9 @@ constexpr double NEGLIGIBLE = 0x1p-22;
 
 class Blur {
    public:
-    Blur(const Scratch& s, std::int64_t size, float sigma, float* memory)
-        : size(size),
+    Blur(const Scratch& s, float sigma, float* memory)
+        : size(s.size),
+          width(s.width(FLOATS)),
           stride(s.stride),
           pad(s.pad),
           padded(memory + s.padded()),
@@ -42,10 +43,10 @@ class Blur {
     // Where the next row is to be put before add(), with whole vectors.
     Row input() const { return {padded + pad, stride + 2 * pad}; }
 
-    // Takes the next row in, of so many channels. Rows that are finished go to
-    // write(y, row), y counting the rows taken in.
-    template <class Write>
-    SIMD_INLINE void add(int channels, const Write& write) {
+    // Takes the next row in, of so many channels. Rows that are finished are clipped and put in
+    // where(y, row), y counting the rows taken in and row having room, and go to write(y, there).
+    template <class Where, class Write>
+    SIMD_INLINE void add(int channels, const Where& where, const Write& write) {
         const Row row = input();
         for (int channel = 0; channel < channels; ++channel) {
             clear_behind(row, channel);
@@ -57,16 +58,25 @@ class Blur {
                 const std::int64_t y = done - radius + k;
                 rows[k] = y < 0 || y >= size ? zeros : ring_row(y);
             }
-            for (int channel = 0; channel < channels; ++channel) along_columns(channel);
+            Row out[BLUR_BLOCK];
             const std::int64_t end = std::min(done + BLUR_BLOCK, size);
-            for (std::int64_t y = done; y < end; ++y)
-                write(y, Row{blurred + (y - done) * 3 * stride, stride});
+            for (std::int64_t k = 0; k < BLUR_BLOCK; ++k) {
+                out[k] = {blurred + k * 3 * stride, stride};
+                if (done + k < end) out[k] = where(done + k, out[k]);
+            }
+            for (int channel = 0; channel < channels; ++channel) {
+                float* planes[BLUR_BLOCK];
+                for (std::int64_t k = 0; k < BLUR_BLOCK; ++k)
+                    planes[k] = out[k].at + channel * out[k].plane;
+                along_columns(channel, planes);
+            }
+            for (std::int64_t y = done; y < end; ++y) write(y, out[y - done]);
             done = end;
         }
     }
 
    private:
-    std::int64_t size, stride, pad, radius;
+    std::int64_t size, width, stride, pad, radius;
     float *padded, *ring, *blurred, *zeros;
     const float** rows;  // that a block of finished rows is made of, from done - radius on
     float* taps;
@@ -83,8 +93,8 @@ class Blur {
 
     void along_row(const float* in, float* out) const {
         std::int64_t i = 0;
-        for (; i + 4 * FLOATS <= stride; i += 4 * FLOATS) along_vectors<4>(in + i, out + i);
-        for (; i < stride; i += FLOATS) along_vectors<1>(in + i, out + i);
+        for (; i + 4 * FLOATS <= width; i += 4 * FLOATS) along_vectors<4>(in + i, out + i);
+        for (; i < width; i += FLOATS) along_vectors<1>(in + i, out + i);
     }
 
     template <int N>
@@ -94,33 +104,53 @@ class Blur {
         for (std::int64_t k = 1; k <= radius; ++k) {
             const Vec tap = splat(taps[k]);
             for (int n = 0; n < N; ++n)
-                x[n] += tap * (load(in + n * FLOATS - k) + load(in + n * FLOATS + k));
+                x[n] += tap * load(in + n * FLOATS - k);
+            for (int n = 0; n < N; ++n) x[n] += tap * load(in + n * FLOATS + k);
         }
         for (int n = 0; n < N; ++n) store(out + n * FLOATS, x[n]);
     }
 
-    // Blurs the rows from `done` on, four at a time: of neighbours, all but one row are the same.
-    void along_columns(int channel) const {
-        for (std::int64_t i = 0; i < stride; i += FLOATS)
-            for (std::int64_t first = 0, column = channel * stride + i; first < BLUR_BLOCK;
-                 first += 4) {
-                const std::int64_t y = first + radius;
-                const auto at = [&](std::int64_t k) { return load(rows[k] + column); };
-                Vec up[4], down[4], x[4];
+    // Four neighbouring rows of a block, and the rows that are k above and k below each of them. Of
+    // these all but one are those of k - 1: they stay in registers, by their number modulo 4.
+    struct Quad {
+        Vec up[4], down[4], x[4];
+
+        template <int K, class At>
+        SIMD_INLINE void step(std::int64_t k, const At& at, const float* taps) {
+            const Vec tap = splat(taps[k]);
+            up[-K & 3] = at(-k);
+            down[(3 + K) & 3] = at(3 + k);
+            for (int n = 0; n < 4; ++n) x[n] += tap * (up[(n - K) & 3] + down[(n + K) & 3]);
+        }
+    };
+
+    // Blurs a plane of the rows from `done` on, four rows at a time.
+    void along_columns(int channel, float* const* out) const {
+        const std::int64_t reach = radius;
+        const float* const weights = taps;
+        for (std::int64_t first = 0; first < BLUR_BLOCK; first += 4) {
+            const float* const* const from = rows + radius + first;
+            for (std::int64_t i = 0; i < width; i += FLOATS) {
+                const std::int64_t column = channel * stride + i;
+                const auto at = [&](std::int64_t k) { return load(from[k] + column); };
+                Quad quad;
                 for (int n = 0; n < 4; ++n) {
-                    up[n] = down[n] = at(y + n);
-                    x[n] = taps[0] * up[n];
+                    quad.up[n] = quad.down[n] = at(n);
+                    quad.x[n] = weights[0] * quad.up[n];
                 }
-                for (std::int64_t k = 1; k <= radius; ++k) {
-                    const Vec tap = splat(taps[k]);
-                    up[3] = up[2], up[2] = up[1], up[1] = up[0], up[0] = at(y - k);
-                    down[0] = down[1], down[1] = down[2], down[2] = down[3];
-                    down[3] = at(y + 3 + k);
-                    for (int n = 0; n < 4; ++n) x[n] += tap * (up[n] + down[n]);
+                std::int64_t k = 1;
+                for (; k + 3 <= reach; k += 4) {
+                    quad.template step<1>(k, at, weights);
+                    quad.template step<2>(k + 1, at, weights);
+                    quad.template step<3>(k + 2, at, weights);
+                    quad.template step<0>(k + 3, at, weights);
                 }
-                for (int n = 0; n < 4; ++n)
-                    store(blurred + ((first + n) * 3 + channel) * stride + i, x[n]);
+                if (k <= reach) quad.template step<1>(k, at, weights);
+                if (k + 1 <= reach) quad.template step<2>(k + 1, at, weights);
+                if (k + 2 <= reach) quad.template step<3>(k + 2, at, weights);
+                for (int n = 0; n < 4; ++n) store(out[first + n] + i, clip(quad.x[n]));
             }
+        }
     }
 };
 

@@ -5,8 +5,6 @@
 namespace simclr {
 namespace SIMD_NAME {
 
-SIMD_INLINE Vec clip(Vec x) { return smaller(larger(x, Vec{}), splat(1.0f)); }
-
 // Three channels of FLOATS pixels.
 struct Pixels {
     Vec r, g, b;
@@ -17,48 +15,70 @@ struct Pixels {
     }
 };
 
-template <class Change>
-SIMD_INLINE void map_row(const Row& from, const Row& to, std::int64_t width, const Change& change) {
+// A pass over a row, which may end where it began. Red goes to plane `first`, and so on round.
+template <bool CLIP, class Change>
+SIMD_INLINE void map_row(const Row& from, const Row& to, std::int64_t width, const Change& change,
+                         int first) {
+    const float *r = from.at, *g = r + from.plane, *b = g + from.plane;
+    float* const to_r = to.at + first % 3 * to.plane;
+    float* const to_g = to.at + (first + 1) % 3 * to.plane;
+    float* const to_b = to.at + (first + 2) % 3 * to.plane;
     for (std::int64_t i = 0; i < width; i += FLOATS) {
-        const Pixels in{load(from.at + i), load(from.at + from.plane + i),
-                        load(from.at + 2 * from.plane + i)};
-        const Pixels out = change(in);
-        store(to.at + i, out.r);
-        store(to.at + to.plane + i, out.g);
-        store(to.at + 2 * to.plane + i, out.b);
+        Pixels p = change(Pixels{load(r + i), load(g + i), load(b + i)});
+        if (CLIP) p = p.each(clip);
+        store(to_r + i, p.r);
+        store(to_g + i, p.g);
+        store(to_b + i, p.b);
     }
 }
 
-// With channels in [0, 1] and a factor of 0 or more, what the clip would change is rounding.
-SIMD_INLINE Pixels saturated(const Pixels& p, Vec factor) {
-    const Vec high = larger(larger(p.r, p.g), p.b);
-    const Vec span = high - smaller(smaller(p.r, p.g), p.b);
-    const Vec shrink = smaller(larger(high, Vec{}) / larger(span, splat(1e-12f)), factor);
-    return p.each([&](Vec x) { return (x - high) * shrink + high; });
+template <class Change>
+SIMD_INLINE void map_row(bool clipped, const Row& from, const Row& to, std::int64_t width,
+                         const Change& change, int first = 0) {
+    if (clipped)
+        map_row<true>(from, to, width, change, first);
+    else
+        map_row<false>(from, to, width, change, first);
 }
 
-// The hue in sixths of a turn, times the span of channels so that nothing is divided, and plus one
-// span so that it starts at 0. Channels are min + clip of |hue - 4| - 1, 2 - |hue - 3| and
-// |hue - 2| - 1, times the span. Largest and smallest channel stay: nothing leaves [0, 1].
+SIMD_INLINE Vec high_of(const Pixels& p) { return larger(larger(p.r, p.g), p.b); }
+SIMD_INLINE Vec low_of(const Pixels& p) { return smaller(smaller(p.r, p.g), p.b); }
+
+SIMD_INLINE Pixels saturated(const Pixels& p, Vec factor) {
+    const Vec high = high_of(p), span = high - low_of(p);
+    const Vec shrink = smaller(larger(high, Vec{}) / larger(span, splat(1e-12f)), factor);
+    const Vec rest = high - shrink * high;
+    return p.each([&](Vec x) { return shrink * x + rest; });
+}
+
+// The same for pixels in [0, 1] and a factor in [0, 1].
+SIMD_INLINE Pixels desaturated(const Pixels& p, Vec factor, Vec one_less) {
+    const Vec rest = one_less * high_of(p);
+    return p.each([&](Vec x) { return factor * x + rest; });
+}
+
+// Rotates by -1 to 1 sixths of a turn. With s the span of the channels, the ramp of a channel c is
+// min + clip(|distance of the hue from where c is 0 at the middle| - s, 0, s), in units of s = a
+// sixth of a turn. Before the rotation distance - s + min is max + min - (r + g + b) + 2 c; which
+// side of the middle the hue is on, and so whether the rotation adds or takes, says the order of
+// the two other channels. Within a sixth of the middle the ramp is flat: no |..| is needed.
 SIMD_INLINE Pixels rotated(const Pixels& p, Vec sixths) {
-    const Vec high = larger(larger(p.r, p.g), p.b), low = smaller(smaller(p.r, p.g), p.b);
-    const Vec span = high - low, turn = 6.0f * span;
-    const Vec if_red = (p.g - p.b) + span, if_green = (p.b - p.r) + 3.0f * span,
-              if_blue = (p.r - p.g) + 5.0f * span;
-    const Vec hue = (p.r == high ? if_red : p.g == high ? if_green : if_blue) + sixths * span;
-    const Vec less = hue - turn, wrapped = less >= 0.0f ? less : hue;
-    const Vec below = low - span, above = high + span;
-    const auto ramp = [&](Vec x) { return smaller(larger(x, low), high); };
-    return {ramp(absolute(wrapped - 4.0f * span) + below),
-            ramp(above - absolute(wrapped - 3.0f * span)),
-            ramp(absolute(wrapped - 2.0f * span) + below)};
+    const Vec high = high_of(p), low = low_of(p), span = high - low;
+    const Vec rest = (high + low) - (p.r + p.g + p.b);
+    const Vec more = rest + sixths * span, less = rest - sixths * span;
+    const auto ramp = [&](Vec x, Vec before, Vec after) {
+        const Vec level = 2.0f * x + by_sign(before - after, less, more);
+        return smaller(larger(level, low), high);
+    };
+    return {ramp(p.r, p.b, p.g), ramp(p.g, p.r, p.b), ramp(p.b, p.g, p.r)};
 }
 
 // An operation that is not neutral.
 struct Step {
     int code;     // 0 brightness, 1 contrast, 2 saturation, 3 hue
     float value;  // as in ViewParams
-    bool clip;    // whether the result may leave [0, 1]
+    bool inside;  // it gets pixels in [0, 1], to rounding
+    bool clip;    // it may give others
 };
 
 // The operations of one view, split at contrast, which needs the mean of what comes before.
@@ -71,55 +91,54 @@ struct Steps {
         const float value[] = {params.brightness, params.contrast, params.saturation,
                                params.hue_turns};
         const float neutral[] = {off, 1.0f, 1.0f, 0.0f};
-        bool inside = false;
         for (int code : params.order) {
             if (code < 0 || code > 3 || value[code] == neutral[code]) continue;
             if (code == 1) contrast = count;
             const float v = value[code];
+            const bool inside = count > 0;
             const bool keeps = code == 3 || (code == 2 && v >= 0) ||
                                (v >= 0 && v <= 1 && !(code == 0 && format.add_brightness));
-            at[count++] = {code, v, !(inside && keeps)};
-            inside = true;
+            at[count++] = {code, v, inside, !(inside && keeps)};
         }
     }
 };
 
-template <class Change>
-SIMD_INLINE void apply(const Row& row, std::int64_t width, bool clipped, const Change& change) {
-    if (clipped)
-        map_row(row, row, width, [&](const Pixels& p) { return change(p).each(clip); });
-    else
-        map_row(row, row, width, change);
-}
-
 // Every operation but contrast.
-SIMD_INLINE void apply(const Step& step, bool add_brightness, const Row& row, std::int64_t width) {
-    const Vec v = splat(step.value);
-    if (step.code == 0 && add_brightness)
-        apply(row, width, step.clip,
-              [&](const Pixels& p) { return p.each([&](Vec x) { return x + v; }); });
-    if (step.code == 0 && !add_brightness)
-        apply(row, width, step.clip,
-              [&](const Pixels& p) { return p.each([&](Vec x) { return x * v; }); });
-    if (step.code == 2)
-        apply(row, width, step.clip, [&](const Pixels& p) { return saturated(p, v); });
-    if (step.code == 3) {
-        const Vec sixths = splat(6.0f * (step.value - std::floor(step.value)));
-        apply(row, width, step.clip, [&](const Pixels& p) { return rotated(p, sixths); });
+SIMD_INLINE void apply(const Step& step, bool add_brightness, const Row& from, const Row& to,
+                       std::int64_t width) {
+    const float v = step.value;
+    if (step.code == 0) {
+        const Vec factor = splat(add_brightness ? 1.0f : v), more = splat(add_brightness ? v : 0.0f);
+        map_row(step.clip, from, to, width, [&](const Pixels& p) {
+            return p.each([&](Vec x) { return x * factor + more; });
+        });
+    } else if (step.code == 2 && step.inside && v >= 0 && v <= 1) {
+        const Vec factor = splat(v), one_less = splat(1 - v);
+        map_row(step.clip, from, to, width,
+                [&](const Pixels& p) { return desaturated(p, factor, one_less); });
+    } else if (step.code == 2) {
+        const Vec factor = splat(v);
+        map_row(step.clip, from, to, width,
+                [&](const Pixels& p) { return saturated(p, factor); });
+    } else {
+        // whole thirds of a turn move the channels round
+        const float turns = v - std::floor(v);
+        const int thirds = turns <= 1 ? int(3 * turns + 0.5f) : 0;
+        const Vec sixths = splat(6 * turns - 2 * float(thirds));
+        map_row(step.clip, from, to, width,
+                [&](const Pixels& p) { return rotated(p, sixths); }, thirds);
     }
 }
 
 SIMD_INLINE void add_contrast(const Step& step, const float (&mean)[3], const Row& from,
                               const Row& to, std::int64_t width) {
-    const Vec m[3] = {splat(mean[0]), splat(mean[1]), splat(mean[2])};
-    const auto change = [&](const Pixels& p) -> Pixels {
-        return {(p.r - m[0]) * step.value + m[0], (p.g - m[1]) * step.value + m[1],
-                (p.b - m[2]) * step.value + m[2]};
-    };
-    if (step.clip)
-        map_row(from, to, width, [&](const Pixels& p) { return change(p).each(clip); });
-    else
-        map_row(from, to, width, change);
+    const float f = step.value;
+    const Vec rest[3] = {splat(mean[0] - f * mean[0]), splat(mean[1] - f * mean[1]),
+                         splat(mean[2] - f * mean[2])};
+    const Vec factor = splat(f);
+    map_row(step.clip, from, to, width, [&](const Pixels& p) -> Pixels {
+        return {p.r * factor + rest[0], p.g * factor + rest[1], p.b * factor + rest[2]};
+    });
 }
 
 // Adds the `size` pixels of a row to the sums of its channels.

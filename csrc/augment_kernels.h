@@ -20,14 +20,19 @@ struct Crop {
 
 // Where the parts of the working memory of a view lie, in floats.
 struct Scratch {
+    std::int64_t size;
     std::int64_t stride;  // of a row: the size, in whole vectors of any instruction set
     std::int64_t radius;  // of the blur
     std::int64_t pad;     // beside a row that is going to be blurred
 
     explicit Scratch(std::int64_t size)
-        : stride((size + MAX_FLOATS - 1) / MAX_FLOATS * MAX_FLOATS),
+        : size(size),
+          stride((size + MAX_FLOATS - 1) / MAX_FLOATS * MAX_FLOATS),
           radius(size / 10 / 2),
           pad((radius + MAX_FLOATS - 1) / MAX_FLOATS * MAX_FLOATS) {}
+
+    // The size in whole vectors.
+    std::int64_t width(std::int64_t floats) const { return (size + floats - 1) / floats * floats; }
 
     std::int64_t blur_rows() const { return BLUR_BLOCK + 2 * radius; }
     std::int64_t column_table() const { return 0; }
@@ -41,7 +46,7 @@ struct Scratch {
     std::int64_t ring() const { return pointers() + 2 * (BLUR_BLOCK + 2 * pad); }
     std::int64_t blurred() const { return ring() + blur_rows() * 3 * stride; }
     std::int64_t staged() const { return blurred() + BLUR_BLOCK * 3 * stride; }
-    std::int64_t floats(std::int64_t size) const { return staged() + 3 * size * stride; }
+    std::int64_t floats() const { return staged() + 3 * size * stride; }
 };
 
 struct ViewKernels {

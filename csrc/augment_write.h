@@ -71,6 +71,8 @@ SIMD_INLINE Vec interleaved(const Pixels& p, std::integer_sequence<int, K...>) {
 
 class Writer {
    public:
+    bool plain;  // nothing but the clip is left to do
+
     Writer(const ViewFormat& format, const ViewParams& params, void* out)
         : format(format), out(out) {
         // above everything: off
@@ -81,19 +83,29 @@ class Writer {
         plain = !(params.solarize < 1) && !format.normalize;
     }
 
-    // Row y, from planes `plane` apart, or 0 apart where all are the same.
-    void write(std::int64_t y, const Row& row) const {
+    // Whether row(y) is in float32 and in place for whole vectors.
+    bool direct() const {
+        return format.dtype == Dtype::FLOAT32 && !format.channels_last &&
+               format.size % FLOATS == 0;
+    }
+
+    Row row(std::int64_t y) const {
+        return {static_cast<float*>(out) + y * format.size, format.size * format.size};
+    }
+
+    // Row y of the view, from planes, or one of them if gray. May be in place.
+    void write(std::int64_t y, const Row& from, bool gray) const {
+        const Row planes{from.at, gray ? 0 : from.plane};
         if (plain)
-            write<true>(y, row);
+            write<true>(y, planes);
         else
-            write<false>(y, row);
+            write<false>(y, planes);
     }
 
    private:
     const ViewFormat& format;
     void* out;
     Finish finish[3];
-    bool plain;
 
     template <bool PLAIN>
     void write(std::int64_t y, const Row& row) const {
@@ -108,12 +120,17 @@ class Writer {
     void write(std::int64_t y, const Row& row) const {
         const std::int64_t size = format.size;
         if (!format.channels_last) {
-            for (int channel = 0; channel < 3; ++channel) {
+            // the first one last: where all are gray it is also what the others are made of
+            for (int channel = 2; channel >= 0; --channel) {
                 const float* in = row.at + channel * row.plane;
                 const Finish last = finish[channel];
-                for (std::int64_t i = 0; i < size; i += FLOATS)
-                    store_as<DTYPE>(out, (channel * size + y) * size + i,
-                                    last.apply<PLAIN>(load(in + i)), size - i);
+                void* const array = out;
+                const std::int64_t first = (channel * size + y) * size;
+                std::int64_t i = 0;
+                for (; i + FLOATS <= size; i += FLOATS)
+                    store_as<DTYPE>(array, first + i, last.apply<PLAIN>(load(in + i)), FLOATS);
+                if (i < size)
+                    store_as<DTYPE>(array, first + i, last.apply<PLAIN>(load(in + i)), size - i);
             }
             return;
         }

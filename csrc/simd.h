@@ -105,6 +105,15 @@ SIMD_INLINE void transpose(Vec (&rows)[FLOATS]) {
     if constexpr (2 * STEP < FLOATS) transpose<2 * STEP>(rows);
 }
 
+// By the sign of x; of 0 either.
+SIMD_INLINE Vec by_sign(Vec x, Vec negative, Vec positive) {
+#if SIMD_FLOATS == 8
+    return (Vec)_mm256_blendv_ps((__m256)positive, (__m256)negative, (__m256)x);
+#else
+    return x < Vec{} ? negative : positive;
+#endif
+}
+
 // 16 bytes from each of FLOATS / 4 places: bytes + offsets[0], offsets[step], offsets[2 step], ..
 SIMD_INLINE BitsVec load_quads(const std::uint8_t* bytes, const std::int32_t* offsets, int step) {
     typedef std::uint32_t Quad __attribute__((vector_size(16), aligned(1), may_alias));

@@ -258,7 +258,8 @@ def _comparison(
     lines = [f"{path}: difference from the reference in levels of 255, mean (99th percentile)"]
     lines.append(table(cells, ["", *columns]))
     lines += [f"{name} is left out: {reason}" for name, reason in missing.items()]
-    return "\n".join([*lines, f"{len(differences)} views by {', '.join(columns)} in {sheet}"])
+    makers = ", ".join(["reference", *columns])
+    return "\n".join([*lines, f"{len(differences)} views by {makers} in {sheet}"])
 
 
 def _dataclass(kind: type, parser: ArgumentParser, arguments: Namespace) -> Any:

@@ -60,8 +60,11 @@ def tensorflow_crop(
     def width_of(height: Tensor) -> Tensor:
         return (height.to(float32) * aspect).round().long()
 
-    height = (min_area / aspect).sqrt().round().long()
-    most = (max_area / aspect).sqrt().round().long()
+    def height_of(area: Tensor) -> Tensor:
+        # by float64: torch's float32 root, MKL's, is not always the nearest float32
+        return (area / aspect).double().sqrt().float().round().long()
+
+    height, most = height_of(min_area), height_of(max_area)
     # the largest height whose width still fits
     fitting = ((W.to(float32) + 0.5 - 1e-7) / aspect).long()
     fitting = fitting - (width_of(fitting) > W).long()

@@ -42,8 +42,19 @@ from simclr_kernels.study_params import STUDY_DRAWS, StudyParams, study_of
 
 FIRST_VALUE_DRAW = 1 << 16
 FIRST_STUDY_DRAW = FIRST_VALUE_DRAW + 3
-FLOAT_VALUES = ("brightness", "contrast", "saturation", "hue_turns", "sigma_px", "solarize")
-KERNEL_ARRAYS = ("crop", "flip", *FLOAT_VALUES[:4], "order", "grayscale", *FLOAT_VALUES[4:])
+# the tensors of AugmentParams as kernels take them: dtype, and shape behind B
+KERNEL_ARRAYS = {
+    "crop": (torch.int32, 4),
+    "flip": (torch.bool,),
+    "brightness": (torch.float32,),
+    "contrast": (torch.float32,),
+    "saturation": (torch.float32,),
+    "hue_turns": (torch.float32,),
+    "order": (torch.int8, 4),
+    "grayscale": (torch.bool,),
+    "sigma_px": (torch.float32,),
+    "solarize": (torch.float32,),
+}
 SOLARIZE_THRESHOLD = 0.5
 ORDERS = tuple(permutations(range(4)))  # lexicographic; word 2 of draw 2^16 picks one of the 24
 
@@ -243,8 +254,21 @@ def kernel_ranges(config: AugmentConfig) -> tuple[float, ...]:
 
 
 def kernel_arrays(params: AugmentParams) -> list[Tensor]:
-    """The tensors of params, contiguous, in the order of ParamArrays in csrc/augment.h."""
-    return [getattr(params, name).contiguous() for name in KERNEL_ARRAYS]
+    """The tensors of params, contiguous, in the order of ParamArrays in csrc/augment.h.
+
+    Raises:
+        ValueError: a tensor has another shape than AugmentParams says.
+        TypeError: it has another dtype.
+    """
+    arrays = []
+    for name, (dtype, *rest) in KERNEL_ARRAYS.items():
+        array, shape = getattr(params, name), (len(params), *rest)
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(array.shape)}")
+        arrays.append(array.contiguous())
+    return arrays
 
 
 def _sample_in_cpp(
@@ -252,18 +276,10 @@ def _sample_in_cpp(
 ) -> AugmentParams:
     """The draws of sample_params_in_torch on a CPU, bit for bit."""
     sizes, index = sizes.contiguous(), index.contiguous()
-    B = len(index)
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(B, *shape, dtype=dtype, device="cpu")
-
-    params = AugmentParams(
-        crop=empty(torch.int32, 4),
-        flip=empty(torch.bool),
-        order=empty(torch.int8, 4),
-        grayscale=empty(torch.bool),
-        **{name: empty(torch.float32) for name in FLOAT_VALUES},
-    )
+    arrays = {
+        name: torch.empty(len(index), *rest, dtype=dtype, device="cpu")
+        for name, (dtype, *rest) in KERNEL_ARRAYS.items()
+    }
     _C.sample_params(
         kernel_ranges(config),
         seed,
@@ -271,10 +287,10 @@ def _sample_in_cpp(
         view,
         index.data_ptr(),
         sizes.data_ptr(),
-        B,
-        [array.data_ptr() for array in kernel_arrays(params)],
+        len(index),
+        [array.data_ptr() for array in arrays.values()],
     )
-    return params
+    return AugmentParams(**arrays)
 
 
 def sample_params_in_torch(

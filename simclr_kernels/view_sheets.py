@@ -72,14 +72,15 @@ def draw_comparison(
 
     Returns:
         For each view the difference from the reference by pipeline; and why other pipelines
-        made none: what to install.
+        made none: what to install, or what they cannot do.
     """
     images, params = draw_views(image, config, count, seed=seed, index=index)
     views, missing = {}, {}
     for name in pipelines:
         try:
             views[name] = view_by(name, images, params, config).clamp(0, 1)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
+            # no such library here, or it has no such operation; a wrong argument fails below
             views[name] = missing[name] = str(error)
     captions = [params.describe(k, config.brightness_mode) for k in range(count)]
     exact = exact_view(images, params, config)

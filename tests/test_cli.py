@@ -220,7 +220,7 @@ def test_views_compares_pipelines_and_says_which_are_missing(run, monkeypatch):
     assert lines[3].split() == ["view", "1", "0.000", "(0.00)"]
     assert lines[5].startswith("kornia is left out: ")
     assert "pip install" in lines[5] and "[kornia]" in lines[5]
-    assert lines[6] == "2 views by fused in sheets/wide-compare.png"
+    assert lines[6] == "2 views by reference, fused in sheets/wide-compare.png"
     with Image.open("sheets/wide-compare.png") as sheet:
         assert sheet.width > 3 * 224
 

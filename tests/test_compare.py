@@ -54,10 +54,10 @@ def test_an_unknown_pipeline_is_named():
 
 @pytest.mark.parametrize(("pipeline", "library"), [("kornia", "kornia"), ("dali", "nvidia.dali")])
 def test_a_missing_library_names_the_extra(monkeypatch, pipeline, library):
-    ours = f"simclr_kernels.pipelines.{pipeline}_"
-    for name in list(sys.modules):
-        if (name + ".").startswith(library + ".") or name.startswith(ours):
-            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
+    # modules that hold a part of the library, or of the pipeline, would be taken from there
+    for name in list(sys.modules):
+        if name.startswith((f"{library}.", f"simclr_kernels.pipelines.{pipeline}_")):
+            monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=rf"pip install .*\[{pipeline}\]"):
         view_by(pipeline, IMAGES, PARAMS, CONFIG)

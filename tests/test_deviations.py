@@ -127,6 +127,18 @@ def test_kornia_views_differ_in_the_resize_only(mean):
     assert 0.05 < mean("whole recipe simclr", "kornia") < 2
 
 
+def test_dali_views_differ_by_many_levels_in_contrast_saturation_and_hue(mean):
+    for operation in OPERATIONS:
+        if operation.startswith(("contrast", "saturation", "hue", "these four")):
+            assert mean(operation, "dali") > 3, operation
+    assert mean("blur 2 px", "dali") > 0.5
+    assert 0.01 < mean("grayscale", "dali") < 0.5
+    for operation in ("flip", "brightness x0.2", "brightness +0.4", "solarize above 0.5"):
+        assert mean(operation, "dali") < 0.001, operation
+    assert mean("crop, bicubic resize", "dali") < 0.1
+    assert mean("whole recipe simclr", "dali") > 3
+
+
 @pytest.mark.parametrize("library", ["kornia-stock", "torchvision"])
 def test_transforms_of_others_differ_in_contrast_saturation_and_the_edges_of_a_blur(mean, library):
     for operation in ("contrast x0.2", "contrast x1.8", "saturation x0.2", "saturation x1.8"):

@@ -41,9 +41,9 @@ def photos(tmp_path_factory):
 
 def losses(example, *arguments, path=()):
     """The loss of each epoch that an example prints, run with `path` in front of sys.path."""
-    program = Path(__file__).with_name("torchvision_operators.py")
+    program = ["-m", "benchmarks.torchvision_operators"]
     result = subprocess.run(
-        [sys.executable, program, EXAMPLES / example, *map(str, arguments), *SMALL],
+        [sys.executable, *program, EXAMPLES / example, *map(str, arguments), *SMALL],
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,7 @@
 """A pipeline in Lightning's Trainer: every epoch whole and new, and checkpoints that continue."""
 
 # isort: off
-import torchvision_operators  # noqa: F401 - before Lightning, which imports torchvision if it can
+import benchmarks.torchvision_operators  # noqa: F401 - before Lightning: it may import torchvision
 
 import lightning
 import numpy as np

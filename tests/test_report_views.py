@@ -172,3 +172,12 @@ def test_comparison_gives_every_pipeline_the_same_parameters(tmp_path, monkeypat
     assert seen["fused"] is seen["dali"] is seen["kornia"]
     assert [list(of) for of in found] == [["fused", "kornia"]] * 3
     assert max(of[name].maximum for of in found for name in of) < 1e-3
+
+
+def test_comparison_says_what_a_pipeline_cannot_do(tmp_path):
+    config = AugmentConfig(size=32, noise=1.0)
+    found, missing = draw_comparison(
+        photo(), config, ("fused", "dali"), tmp_path / "c.png", 1, seed=0, index=0
+    )
+    assert list(found[0]) == ["fused"]
+    assert "DALI has no study operations" in missing["dali"]

@@ -1,7 +1,7 @@
 """Makes torchvision importable beside a build of torch that is not its own.
 
 Its import dies there for want of two operators, and with it that of lightly and Lightning, which
-use nothing of them here. As a program: runs another one, `torchvision_operators.py PROGRAM ...`.
+use nothing of them here. `python -m benchmarks.torchvision_operators PROGRAM ...` runs another.
 """
 
 import runpy
