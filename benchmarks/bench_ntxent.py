@@ -76,17 +76,10 @@ CASES = GPU_CASES if GPU else CPU_CASES
         for name in case.names
     ],
 )
-def test_time_of_the_loss(cuda_benchmark, request, case, name, what):
+def test_time_of_the_loss(cuda_benchmark, request, asked, case, name, what):
     if case.large and not request.config.getoption("large"):
         pytest.skip("takes minutes: --large")
     group = f"{what}, {case.size}"
-    asked = [
-        other.callspec.params["name"]
-        for other in request.session.items
-        if other.originalname == request.node.originalname
-        and other.callspec.params["case"] == case
-        and other.callspec.params["what"] == what
-    ]
 
     def info(result, results):
         record = measurement(name, result, case.size, what, DEVICE)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 
 import pytest
 import torch
 
-from benchmarks.measure import Result, machine, race
+from benchmarks.measure import Result, cores, machine, race, torch_threads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,16 +37,32 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def all_cores():
     """torch on all cores: the tests beside the benchmarks set one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(cores()):
+        yield
 
 
 @pytest.fixture(scope="session")
 def races() -> dict[str, dict[str, Result]]:
     """What was measured so far, by group."""
     return {}
+
+
+@pytest.fixture
+def asked(request) -> list[str]:
+    """The contenders of this test's group that this session asks for, in order.
+
+    A group are the tests of one function that differ in their parameter `name` only.
+    """
+
+    def group(item):
+        return {k: v for k, v in item.callspec.params.items() if k != "name"}
+
+    own = request.node
+    return [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.originalname == own.originalname and group(item) == group(own)
+    ]
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def huge_batch(plan: Plan) -> dict[str, Any]:
         with peak_memory(plan.device) as peak:
             (dz,) = step()
         finite = bool(dz.isfinite().all() and dz.count_nonzero())
-        seconds, wall = timed(step, plan.device)
+        seconds, wall, _ = timed(step, plan.device)
     except torch.cuda.OutOfMemoryError:
         say(f"  {size}: out of memory")
         return record | {"missing": "out of memory"}

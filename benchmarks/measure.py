@@ -3,6 +3,7 @@
 Every answer is checked before anything is timed. The contenders then take turns, so that a machine
 that slows down slows all of them; medians stand for them. On a GPU the seconds are the device's, by
 events; on a CPU memory is the growth of the resident set, and the heap is that of `ordinary_heap`.
+CPU time is that of all threads and worker processes: on a machine with other work it is what stays.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import time
@@ -24,7 +27,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-PEER_PACKAGES = ("lightly", "pytorch-metric-learning", "inf-cl", "cut-cross-entropy")
+PEER_PACKAGES = (
+    *("lightly", "pytorch-metric-learning", "inf-cl", "cut-cross-entropy"),
+    *("albumentations", "opencv-python-headless", "kornia", "torchvision", "nvidia-dali-cuda130"),
+)
 MIB = 1 << 20
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 15
@@ -39,13 +45,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 class Contender(NamedTuple):
     """One way to the answer.
 
-    call() gives the answer, check(answer) its error or an AssertionError. All of it runs within
-    around(); a turn begins with an untimed call if `reheat`.
+    call() gives the answer, check(answer) its error or an AssertionError; None where there is no
+    exact answer to compare with. All of it runs within around(); a turn begins with an untimed call
+    if `reheat`.
     """
 
     label: str
     call: Callable[[], Any]
-    check: Callable[[Any], float]
+    check: Callable[[Any], float | None]
     around: Callable[[], AbstractContextManager] = nullcontext
     reheat: bool = False
 
@@ -61,11 +68,20 @@ class Result:
     error: float | None = None
     missing: str | None = None
     wrong: str | None = None
+    cpu_seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         """Seconds of one call; NaN where nothing was timed."""
         return statistics.median(self.seconds) if self.seconds else math.nan
+
+
+class Seconds(NamedTuple):
+    """Of one call: on the device, by the clock, and of CPU time."""
+
+    device: float
+    wall: float
+    cpu: float
 
 
 def race(
@@ -130,13 +146,14 @@ def _take_turn(contender: Contender, device: str, calls: int, result: Result) ->
     with contender.around():
         if contender.reheat:
             contender.call()
-        seconds, wall_seconds = timed(contender.call, device, calls)
-    result.seconds.append(seconds)
-    result.wall_seconds.append(wall_seconds)
+        seconds = timed(contender.call, device, calls)
+    result.seconds.append(seconds.device)
+    result.wall_seconds.append(seconds.wall)
+    result.cpu_seconds.append(seconds.cpu)
 
 
-def timed(call: Callable[[], Any], device: str, repeats: int = 1) -> tuple[float, float]:
-    """Seconds of a call, one of several in a row: on the device, and by the clock."""
+def timed(call: Callable[[], Any], device: str, repeats: int = 1) -> Seconds:
+    """What a call takes, one of several in a row."""
     gc_was_on = gc.isenabled()
     gc.disable()
     try:
@@ -144,19 +161,53 @@ def timed(call: Callable[[], Any], device: str, repeats: int = 1) -> tuple[float
         if device == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
-        start = time.perf_counter()
+        cpu_start, start = cpu_seconds(), time.perf_counter()
         for _ in range(repeats):
             call()
         if device == "cuda":
             events[1].record()
         wait(device)
         wall = (time.perf_counter() - start) / repeats
+        cpu = (cpu_seconds() - cpu_start) / repeats
     finally:
         if gc_was_on:
             gc.enable()
     if device == "cuda":
-        return events[0].elapsed_time(events[1]) / 1e3 / repeats, wall
-    return wall, wall
+        return Seconds(events[0].elapsed_time(events[1]) / 1e3 / repeats, wall, cpu)
+    return Seconds(wall, wall, cpu)
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of the processes that it started with multiprocessing.
+
+    Those at work are read to 10 ms.
+    """
+    # this also waits for the ones that ended, whose time then counts among the children's
+    at_work = sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + at_work
+
+
+def _cpu_seconds_of(pid: int) -> float:
+    # the name of a process, in parentheses, may hold spaces
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def torch_threads(count: int):
+    """torch, and our kernels with it, on so many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def wait(device: str) -> None:

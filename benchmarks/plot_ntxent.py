@@ -8,8 +8,6 @@ the roofline; the tables show every size.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
+from benchmarks.tables import digits, line, read_measurements
 from simclr_kernels.figure_style import (
     BLUE,
     GREEN,
@@ -45,22 +44,6 @@ LOOKS = {
     "inf-cl": ("#882255", "<"),
     "cce": ("#999933", ">"),
 }
-
-
-def read_measurements(path: str | Path) -> tuple[list[dict[str, Any]], str]:
-    """The records of contenders.measurement in a file, and the device they are from.
-
-    Raises:
-        ValueError: the file is neither of the two kinds, or holds no measurement of the loss.
-    """
-    content = json.loads(Path(path).read_text())
-    if "measurements" in content:
-        return content["measurements"], content["machine"]["device"]
-    records = [bench["extra_info"] for bench in content.get("benchmarks", ())]
-    records = [record for record in records if "what" in record and "rows" in record]
-    if not records:
-        raise ValueError(f"{path} must hold measurements of the loss, got {list(content)[:8]}")
-    return records, records[0]["device"]
 
 
 def save_plot(records: list[dict[str, Any]], out_png: str | Path, device: str) -> None:
@@ -102,15 +85,15 @@ def save_plot(records: list[dict[str, Any]], out_png: str | Path, device: str) -
 
 def _draw(axes: Axes, records: list[dict[str, Any]], key: str, scale: float, unit: str) -> None:
     for name, (color, marker) in LOOKS.items():
-        line = sorted(
+        points = sorted(
             (r["rows"], r[key] * scale) for r in records if r["name"] == name and r.get(key)
         )
-        if not line:
+        if not points:
             continue
         label = next(r["label"] for r in records if r["name"] == name)
         width, order = (2.4, 3) if name == "ours" else (1.2, 2)
         axes.plot(
-            *zip(*line, strict=True),
+            *zip(*points, strict=True),
             color=color,
             marker=marker,
             markersize=4,
@@ -145,21 +128,17 @@ def _one_table(dtype: str, features: int, what: str, records: list[dict[str, Any
     lines = [
         f"**{what}, {dtype}, D = {features}**: milliseconds (times ours); MiB of memory",
         "",
-        _line(["2N", *map(str, all_rows)]),
-        _line(["---"] * (len(all_rows) + 1)),
+        line(["2N", *map(str, all_rows)]),
+        line(["---"] * (len(all_rows) + 1)),
     ]
     for name in names:
         label = next(r["label"] for r in records if r["name"] == name and "seconds" in r)
         cells = [_cell(by_place, name, rows) for rows in all_rows]
-        lines.append(_line([f"**{label}**" if name == "ours" else label, *cells]))
+        lines.append(line([f"**{label}**" if name == "ours" else label, *cells]))
     shares = [_share_of_mm(by_place, rows) for rows in all_rows]
     if any(shares):
-        lines.append(_line(["ours: rate, of torch.mm's", *shares]))
+        lines.append(line(["ours: rate, of torch.mm's", *shares]))
     return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(by_place: dict, name: str, rows: int) -> str:
@@ -168,11 +147,11 @@ def _cell(by_place: dict, name: str, rows: int) -> str:
         return ""
     if "seconds" not in record:
         return record["missing"] if record["missing"] == "out of memory" else "-"
-    text = _digits(record["seconds"] * 1e3)
+    text = digits(record["seconds"] * 1e3)
     ours = by_place.get(("ours", rows))
     if name != "ours" and ours and "seconds" in ours:
-        text += f" ({_digits(record['seconds'] / ours['seconds'], 2)})"
-    return f"{text}; {_digits(record['peak_mib'], 2)}"
+        text += f" ({digits(record['seconds'] / ours['seconds'], 2)})"
+    return f"{text}; {digits(record['peak_mib'], 2)}"
 
 
 def _share_of_mm(by_place: dict, rows: int) -> str:
@@ -183,20 +162,12 @@ def _share_of_mm(by_place: dict, rows: int) -> str:
     return f"{ours['gflops_per_second'] / rate:.2f}"
 
 
-def _digits(value: float, count: int = 3) -> str:
-    """A number with so many digits that count, without an exponent."""
-    if value <= 0:
-        return "0"
-    text = f"{value:.{count}g}"
-    return text if "e" not in text else f"{float(text):.0f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/ntxent.png"))
     arguments = parser.parse_args()
-    records, device = read_measurements(arguments.results)
+    records, device = read_measurements(arguments.results, "rows")
     save_plot(records, arguments.out, device)
     print(table(records))
     print(f"\nfigure: {arguments.out}")

@@ -1,27 +1,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
+#include "instruction_sets.h"
 #include "ntxent.h"
 
-namespace py = pybind11;
-using Address = std::uintptr_t;
 using simclr::NtxentInput;
-
-namespace {
-
-template <class T = float>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels of simclr_kernels. They take addresses, which Python checks.";
     const auto release = py::call_guard<py::gil_scoped_release>();
 
-    m.def("ntxent_instruction_sets", &simclr::ntxent_instruction_sets);
-    m.def("ntxent_use", &simclr::ntxent_use);
+    bind_augment(m);
+    m.def("instruction_sets", &simclr::instruction_sets);
+    m.def("use_instruction_set", &simclr::use_instruction_set);
     m.def(
         "ntxent_negative_sums",
         [](Address z, std::int64_t rows, std::int64_t features, std::int64_t span, bool normalize,

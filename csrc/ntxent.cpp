@@ -1,7 +1,5 @@
 #include "ntxent.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,8 +9,6 @@
 
 namespace simclr {
 namespace {
-
-const pid_t loaded_by = getpid();
 
 // Logit in base 2 of row i with its positive.
 double positive_logit(const NtxentInput& in, std::int64_t i) {
@@ -43,10 +39,6 @@ void write_metrics(const Problem& p, std::int64_t i, double positive, float* met
 }
 
 }  // namespace
-
-int ntxent_threads(int asked, double products) {
-    return products < SMALLEST_SHARED_WORK || getpid() != loaded_by ? 1 : std::max(asked, 1);
-}
 
 void ntxent_negative_sums(const NtxentInput& in, float* top, float* mass, float* metrics) {
     Work work(in, false);
@@ -89,7 +81,7 @@ void ntxent_finish_rows(const NtxentInput& in, const float* top, const float* ma
     };
     // from memory, and with a few exponentials: each feature takes as long as some ten products
     const double products = 16.0 * double(in.rows) * double(in.features);
-    in_parallel(ntxent_threads(in.threads, products), [&](int) {
+    in_parallel(usable_threads(in.threads, products >= SMALLEST_SHARED_WORK), [&](int) {
         share(in.rows / 2, [&](std::int64_t image) {
             const std::int64_t half = in.span / 2, i = image / half * in.span + image % half;
             const double logit = positive_logit(in, i);

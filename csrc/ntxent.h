@@ -1,8 +1,6 @@
 // NT-Xent on a CPU: see simclr_kernels/ntxent.py for the mathematics, ntxent_cpu.py for the calls.
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace simclr {
 
@@ -37,11 +35,5 @@ void ntxent_finish_rows(const NtxentInput& in, const float* top, const float* ma
 // for add to the gradient in tau.
 double ntxent_row_gradients(const NtxentInput& in, const float* stats, const float* dloss,
                             float* dz);
-
-// The instruction sets compiled in that this processor runs, best first; the first is in use.
-std::vector<std::string> ntxent_instruction_sets();
-
-// Takes another of them, for all later calls: for tests. Not while a call runs.
-void ntxent_use(const std::string& name);
 
 }  // namespace simclr

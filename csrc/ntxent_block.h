@@ -358,13 +358,9 @@ void finish(const Problem& p, const Block& a) {
 
 }  // namespace SIMD_NAME
 
-#define SIMD_JOINED(a, b) a##b
-#define SIMD_TABLE(name) SIMD_JOINED(ntxent_, name)
-#define SIMD_QUOTED(name) #name
-#define SIMD_STRING(name) SIMD_QUOTED(name)
-extern const Kernels SIMD_TABLE(SIMD_NAME) = {
-    SIMD_STRING(SIMD_NAME), SIMD_NAME::norm,     SIMD_NAME::similarity, SIMD_NAME::pack,
-    SIMD_NAME::forward,     SIMD_NAME::backward, SIMD_NAME::note_along, SIMD_NAME::finish,
+extern const Kernels SIMD_TABLE(ntxent_) = {
+    SIMD_NAME::norm,     SIMD_NAME::similarity, SIMD_NAME::pack,   SIMD_NAME::forward,
+    SIMD_NAME::backward, SIMD_NAME::note_along, SIMD_NAME::finish,
 };
 
 }  // namespace simclr

@@ -60,7 +60,6 @@ struct Block {
 };
 
 struct Kernels {
-    const char* name;
     Norm (*norm)(const float* row, std::int64_t features, bool normalize);
     // s of two rows. Between close unit rows through their difference, which keeps its digits.
     double (*similarity)(const float* a, const float* b, Norm norm_a, Norm norm_b,

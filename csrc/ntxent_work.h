@@ -1,91 +1,20 @@
 // The plan of one call of the loss: its memory, its threads, and which blocks meet when.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <initializer_list>
 #include <limits>
-#include <memory>
-#include <new>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "ntxent.h"
 #include "ntxent_kernels.h"
+#include "parallel.h"
 
 namespace simclr {
 
 constexpr double SMALLEST_SHARED_WORK = 1 << 20;  // products; below, one thread is as fast
 constexpr std::int64_t SLAB_FLOATS = 1 << 19;     // of the columns of others packed at a time
-
-// At most the threads asked for: a child of fork does not have those that its parent's OpenMP
-// believes in, and little work is done as fast by one.
-int ntxent_threads(int asked, double products);
-
-inline std::int64_t round_up(std::int64_t x, std::int64_t step) {
-    return (x + step - 1) / step * step;
-}
-
-// Memory of the one call that runs on this thread. Not initialised, and the first 2 MiB are kept
-// for the next call: for a small batch, zeroing it, or page faults on memory that went back to the
-// system, cost as much as the loss.
-class Memory {
-   public:
-    Memory() {
-        if (!kept) kept.reset(allocate(KEPT_BYTES));
-        next = kept.get();
-    }
-
-    template <class T>
-    T* take(std::int64_t count) {
-        static_assert(std::is_trivially_destructible_v<T>);
-        const std::int64_t bytes = round_up(count * std::int64_t(sizeof(T)), 64);
-        if (bytes > left) {
-            held.emplace_back(allocate(bytes));
-            return reinterpret_cast<T*>(held.back().get());
-        }
-        char* start = next;
-        next += bytes;
-        left -= bytes;
-        return reinterpret_cast<T*>(start);
-    }
-
-   private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    using Bytes = std::unique_ptr<char, Free>;
-    static constexpr std::int64_t KEPT_BYTES = 2 << 20;
-    static inline thread_local Bytes kept;
-    std::vector<Bytes> held;
-    std::int64_t left = KEPT_BYTES;
-    char* next;
-
-    static char* allocate(std::int64_t bytes) {
-        void* p = std::aligned_alloc(64, bytes);
-        if (!p) throw std::bad_alloc();
-        return static_cast<char*>(p);
-    }
-};
-
-// body(thread) on each of at most `threads` threads. In it run() shares out loops.
-template <class Body>
-void in_parallel(int threads, const Body& body) {
-    if (threads == 1) return body(0);
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num());
-}
-
-// body(index) for every index, by the threads of in_parallel, which wait for each other at its end.
-template <class Body>
-void share(std::int64_t count, const Body& body) {
-#pragma omp for schedule(static)
-    for (std::int64_t k = 0; k < count; ++k) body(k);
-}
 
 // Rows of one source, columns of every row asked for.
 struct Columns {
@@ -125,7 +54,8 @@ class Work {
         group_blocks = std::clamp<std::int64_t>(blocks / 32, 1, 4);
 
         const double products = double(in.count) * double(in.rows + in.extra) * in.features;
-        threads = int(std::min<std::int64_t>(ntxent_threads(in.threads, products), blocks));
+        const int usable = usable_threads(in.threads, products >= SMALLEST_SHARED_WORK);
+        threads = int(std::min<std::int64_t>(usable, blocks));
 
         std::int32_t* positive = memory.take<std::int32_t>(in.count);
         for (std::int64_t i = 0; i < in.count; i += in.span)

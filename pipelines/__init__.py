@@ -6,6 +6,7 @@ A pipeline turns an image source into augmented batches. It is an iterable of Ba
   `epoch_order(len(source), seed, epoch)`; what is left over at the end of the order is dropped.
 - `set_epoch(e)` selects the epoch, which changes the order and the views. Selecting the epoch that
   is current changes nothing, so a resumed loop may call it.
+  An iterator that has not given a batch yet follows the selection; one that has is ended by it.
 - Every iteration starts at the epoch's beginning, except the first one after `load_state_dict`,
   which continues where the saved one stood (and yields nothing if that epoch was finished).
 - `state_dict()` is plain Python data: seed, epoch, position (batches *handed out* in the epoch, not
@@ -18,8 +19,9 @@ A pipeline turns an image source into augmented batches. It is an iterable of Ba
   workers there are and whether the run was resumed. A pipeline of our kernels also gives the same
   bits; what another backend cannot promise is written in its module.
 - `seconds` holds the cumulative time in "data" (waiting for decoded pixels) and "views" (making
-  views; on a GPU only what the host spends on it).
-- `pairs()` adapts to trainers that expect ((view0, view1), label).
+  views; on a GPU by its own clock where the module of the pipeline says so).
+- `pairs()` adapts to trainers that expect ((view0, view1), label), or that and the index.
+- `sampler` is the pipeline itself: Lightning calls `sampler.set_epoch` before each epoch.
 - `close()` stops background work; so does leaving an iteration early, and starting another.
 
 With several ranks, rank r takes every world_size-th item of the order, from the r-th on.
@@ -27,10 +29,12 @@ With several ranks, rank r takes every world_size-th item of the order, from the
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
+from inspect import GEN_CREATED
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,11 +138,14 @@ class Pipeline:
         if not 0 <= epoch < 2**32:
             raise ValueError(f"epoch must be at least 0 and below 2^32, got {epoch}")
         if epoch != self._epoch:
-            self.close()
+            iteration = self._running and self._running()
+            # Lightning makes its iterator before it says which epoch a continued run is in
+            if iteration is not None and inspect.getgeneratorstate(iteration) != GEN_CREATED:
+                self._end_iteration()
             self._epoch, self._position, self._start = epoch, 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self.close()
+        self._end_iteration()
         iteration = self._iterate()
         # not a strong reference: an abandoned iteration must end
         self._running = weakref.ref(iteration)
@@ -189,17 +196,25 @@ class Pipeline:
                     f"a resumed pipeline must have the {key} of the saved state, "
                     f"got {own[key]!r} where the state has {state[key]!r}"
                 )
-        self.close()
+        self._end_iteration()
         self.quarantine.restore(state["quarantined"])
         self._epoch = state["epoch"]
         self._position = self._start = state["position"]
 
-    def pairs(self) -> Pairs:
-        """The same batches as ((view0, view1), label), for trainers that expect that."""
-        return Pairs(self)
+    @property
+    def sampler(self) -> Pipeline:
+        """Itself; see the module."""
+        return self
+
+    def pairs(self, with_index: bool = False) -> Pairs:
+        """The same batches for trainers that take pairs of views. See Pairs."""
+        return Pairs(self, with_index)
 
     def close(self) -> None:
         """Stop the iteration in progress, if any, and its background work."""
+        self._end_iteration()
+
+    def _end_iteration(self) -> None:
         iteration = self._running and self._running()
         if iteration is not None:
             iteration.close()
@@ -207,14 +222,22 @@ class Pipeline:
 
 
 class Pairs:
-    """Iterable of ((view0, view1), label): (B, 3, S, S) twice, (B,) int64. See Pipeline.pairs."""
+    """Iterable of ((view0, view1), label), the usual shape of a batch; with_index adds the index.
 
-    def __init__(self, pipeline: Pipeline):
-        self.pipeline = pipeline
+    Views (B, 3, S, S) each, label and index (B,) int64; with_index is the triple of lightly, with
+    numbers in place of file names. Epoch and state are those of the pipeline.
+    """
+
+    def __init__(self, pipeline: Pipeline, with_index: bool = False):
+        self.pipeline, self.with_index = pipeline, with_index
+        self.sampler = pipeline
+        self.set_epoch = pipeline.set_epoch
+        self.state_dict, self.load_state_dict = pipeline.state_dict, pipeline.load_state_dict
 
     def __len__(self) -> int:
         return len(self.pipeline)
 
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    def __iter__(self) -> Iterator[tuple]:
         for batch in self.pipeline:
-            yield batch.views.chunk(2), batch.label
+            pair = tuple(batch.views.chunk(2))
+            yield (pair, batch.label, batch.index) if self.with_index else (pair, batch.label)

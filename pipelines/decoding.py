@@ -9,12 +9,13 @@ the time.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -30,36 +31,48 @@ BATCHES_AHEAD = 2  # finished batches waiting, besides those being decoded
 
 
 class PixelCache:
-    """Decoded images, up to a number of bytes; in one dense array as long as all have one size."""
+    """Decoded images of any sizes, one behind the other in one buffer, up to a number of bytes.
+
+    The buffer is as long as the limit (at most the machine's memory) from the first image on, but
+    the system provides its pages only as they are written: what is used is `used_bytes`.
+    """
 
     def __init__(self, n: int, limit_bytes: float):
-        self.n, self.limit_bytes = n, limit_bytes
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.limit_bytes = min(limit_bytes, memory)
         self.used_bytes = 0
-        self.dense: np.ndarray | None = None  # (n, H, W, 3)
-        self.in_dense = np.zeros(n, bool)
-        self.loose: dict[int, np.ndarray] = {}
+        self.offsets = np.zeros(n, np.int64)
+        self.sizes = np.zeros((n, 2), np.int64)  # 0 x 0: not kept
+        self._buffer = np.empty(0, np.uint8)
 
     def get(self, i: int) -> np.ndarray | None:
-        return self.dense[i] if self.in_dense[i] else self.loose.get(i)
+        """(H, W, 3) uint8, a view into the buffer."""
+        height, width = self.sizes[i].tolist()
+        if not height:
+            return None
+        start = int(self.offsets[i])
+        return self._buffer[start : start + 3 * height * width].reshape(height, width, 3)
 
     def put(self, i: int, image: np.ndarray) -> None:
         """Keep image i, if there is room and it is not kept yet."""
-        if self.get(i) is not None or self.used_bytes + image.nbytes > self.limit_bytes:
+        end = self.used_bytes + image.nbytes
+        if end > self.limit_bytes or self.sizes[i, 0]:
             return
-        self.used_bytes += image.nbytes
-        if self.dense is None and not self.loose and self.n * image.nbytes <= self.limit_bytes:
-            self.dense = np.empty((self.n, *image.shape), np.uint8)
-        if self.dense is not None and image.shape == self.dense.shape[1:]:
-            self.dense[i] = image
-            self.in_dense[i] = True
-        else:
-            self.loose[i] = image
+        if not len(self._buffer):
+            self._buffer = np.empty(int(self.limit_bytes), np.uint8)
+        self._buffer[self.used_bytes : end] = image.reshape(-1)
+        self.offsets[i], self.sizes[i] = self.used_bytes, image.shape[:2]
+        self.used_bytes = end
 
-    def holds_all_but(self, missing: list[int]) -> bool:
-        """Whether the dense array lacks no image but the missing ones."""
-        held = self.in_dense.copy()
-        held[missing] = True
-        return self.dense is not None and bool(held.all())
+    @property
+    def held(self) -> np.ndarray:
+        """(n,) bool: which images are kept."""
+        return self.sizes[:, 0] > 0
+
+    def packed(self) -> PackedImages:
+        """The buffer itself as images 0 .. n - 1, of which those not kept must not be taken."""
+        tensors = (self._buffer[: self.used_bytes], self.offsets, self.sizes)
+        return PackedImages(*map(torch.from_numpy, tensors), checked=True)
 
 
 class DecodedBatches:
@@ -70,7 +83,7 @@ class DecodedBatches:
         quarantine: takes the unreadable items.
         workers: decoding threads; 0 decodes in the calling thread, without prefetching.
         cache_bytes: limit on decoded pixels kept in memory.
-        pin: whether batches lie in page-locked memory, for copies to a GPU.
+        pin_for: a GPU for whose copies batches lie in page-locked memory, or None.
     """
 
     def __init__(
@@ -79,9 +92,11 @@ class DecodedBatches:
         quarantine: Quarantine,
         workers: int,
         cache_bytes: float,
-        pin: bool = False,
+        pin_for: torch.device | None = None,
     ):
-        self.source, self.quarantine, self.workers, self.pin = source, quarantine, workers, pin
+        self.source, self.quarantine, self.workers = source, quarantine, workers
+        self.pin_for = pin_for
+        self.chunk = CHUNK
         self.cache = PixelCache(len(source), cache_bytes)
 
     def batches(
@@ -108,18 +123,21 @@ class DecodedBatches:
                 batch = list(islice(items, batch_size))
                 if len(batch) < batch_size:
                     return  # stopped
-                index, images = zip(*batch, strict=True)
-                yield torch.tensor(index), self._collated(images)
+                yield self._collated(*zip(*batch, strict=True))
 
-    def _collated(self, images: tuple[np.ndarray, ...]) -> Tensor | PackedImages:
-        if len({image.shape for image in images}) == 1:
-            pixels = torch.from_numpy(np.stack(images))
-            return pixels.pin_memory() if self.pin else pixels
-        packed = PackedImages.from_images(images)
-        if not self.pin:
-            return packed
-        tensors = (packed.buffer, packed.offsets, packed.sizes)
-        return PackedImages(*(tensor.pin_memory() for tensor in tensors), checked=True)
+    def _collated(
+        self, index: tuple[int, ...], images: tuple[np.ndarray, ...]
+    ) -> tuple[Tensor, Tensor | PackedImages]:
+        pin = self.pin_for is not None
+        # a thread begins on GPU 0, and locking pages would open that one
+        with torch.cuda.device(self.pin_for) if pin else nullcontext():
+            numbers = torch.tensor(index, pin_memory=pin)
+            if len({image.shape for image in images}) > 1:
+                return numbers, PackedImages.from_images(images, pin_memory=pin)
+            shape = (len(images), *images[0].shape)
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+            np.stack(images, out=pixels.numpy())
+            return numbers, pixels
 
     def _decoded_here(self, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The readable items of order, without end, with their pixels."""
@@ -132,10 +150,10 @@ class DecodedBatches:
         """The same, at least `total` items if not stopped, while about `ahead` are in work."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            chunks = self._chunks(order, CHUNK)
+            chunks = self._chunks(order, self.chunk)
             waiting, in_work = deque(), 0
             while total > 0 and not stop.is_set():
-                while in_work < min(total, ahead + self.workers * CHUNK):
+                while in_work < min(total, ahead + self.workers * self.chunk):
                     chunk = next(chunks)
                     waiting.append((chunk, pool.submit(self._decode, chunk)))
                     in_work += len(chunk)

@@ -1,12 +1,20 @@
 """FusedViews: our own kernels over any image source, on a CPU or a GPU.
 
-Images are decoded once by threads that run ahead of the training loop, and kept as uint8 pixels as
-far as cache_gib allows. Once all of them are kept and have one size (at once for a source of
-arrays), they lie in one dense array, on the device itself: a batch is then one gather, and
-nothing is decoded, copied to the device or prefetched any more. Both views come from two_views,
-in the training thread, since they run on the device's stream or on torch's own threads.
+Images are decoded once, by threads that run ahead of the training loop, and kept as uint8 pixels as
+far as cache_gib allows, whatever their sizes. Once all of them are kept (at once for a source of
+arrays) they are resident in the memory of the device: a batch is then a choice among them, and
+nothing is decoded, copied or prefetched any more. What does not fit is decoded anew in every epoch
+and, on a GPU, copied there from page-locked memory.
 
-Besides the cache, up to four batches of whole decoded images are in memory while threads decode.
+On a GPU both views come from kernels on a stream of their own, one batch ahead of the training
+loop, so that they run beside the encoder (side_stream.py); never beyond the end of an epoch. On a
+CPU they are made in the training thread when asked for, on torch's own threads.
+
+Memory. Decoded pixels: at most cache_gib on a CPU, in each process where there are several. On a
+GPU at most cache_gib and half of what is free there; the host keeps its copy only until all of
+them are on the GPU. Not resident: besides the cache, up to four batches of whole decoded images on
+the host, and one on the GPU. Views: besides the batch of the loop, one on a CPU and two on a GPU,
+the next and the one being made.
 
 Same bits for any number of workers, any cache and any resume point.
 """
@@ -16,6 +24,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +36,9 @@ from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import ImageSource
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines import Batch, Pipeline
-from simclr_kernels.pipelines.decoding import DecodedBatches
+from simclr_kernels.pipelines.decoding import DecodedBatches, PixelCache
+from simclr_kernels.pipelines.resident import ResidentImages, fits_on, holds_all_but
+from simclr_kernels.pipelines.side_stream import Stopwatch, on_side_stream
 
 MAX_DEFAULT_WORKERS = 16
 
@@ -45,7 +56,7 @@ class FusedViews(Pipeline):
             this process may use, at most 16.
         dtype: of the views.
         channels_last: memory format of the views.
-        cache_gib: limit in GiB on decoded pixels that are kept, and on those kept on a GPU.
+        cache_gib: limit in GiB on decoded pixels that are kept; see the module.
         max_bad_fraction: share of the source that may be unreadable before the run stops.
         quarantine: path of a JSON-lines file that names each unreadable image, or None.
         rank: number of this process.
@@ -90,23 +101,38 @@ class FusedViews(Pipeline):
         self.config, self.dtype = config, dtype
         self.device = torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._cache_bytes = cache_gib * 2**30
+        images = getattr(source, "images", None)
+        in_memory = images is not None and not isinstance(images, np.memmap)
         self._decoder = DecodedBatches(
-            source, self.quarantine, workers, self._cache_bytes, pin=self.device.type == "cuda"
+            source,
+            self.quarantine,
+            workers,
+            # what is in memory already is not kept twice
+            0 if in_memory else self._cache_bytes,
+            pin_for=None if self._stream is None else self._stream.device,
         )
         labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._labels = torch.tensor(labels, dtype=torch.int64, device=self.device)
-        self._resident: Tensor | None = None  # (n, H, W, 3), on a device other than the CPU
+        self._kept: ResidentImages | None = None
+        self._stopwatch = Stopwatch(self.seconds, self.device)
 
     def _batches(self, order: np.ndarray, count: int) -> Iterator[Batch]:
+        batches = self._made(order, count)
+        return batches if self._stream is None else on_side_stream(batches, self._stream)
+
+    def _made(self, order: np.ndarray, count: int) -> Iterator[Batch]:
         started = time.perf_counter()
-        for index, pixels in self._pixels(order, count):
-            fetched = time.perf_counter()
-            self.seconds["data"] += fetched - started
-            views = self._views(pixels, index)
-            self.seconds["views"] += time.perf_counter() - fetched
-            yield Batch(views, index, self._labels[index])
-            started = time.perf_counter()
+        with closing(self._pixels(order, count)) as batches:
+            for index, pixels in batches:
+                self.seconds["data"] += time.perf_counter() - started
+                with self._stopwatch.book("views"):
+                    views = self._views(pixels, index)
+                yield Batch(views, index, self._labels[index])
+                # neither waits for the batch after it
+                del views, index, pixels
+                started = time.perf_counter()
 
     def _views(self, pixels: Tensor | PackedImages, index: Tensor) -> Tensor:
         """(2B, 3, S, S) views of pixels, both on the device; index (B,) int64."""
@@ -124,38 +150,44 @@ class FusedViews(Pipeline):
         self, order: np.ndarray, count: int
     ) -> Iterator[tuple[Tensor, Tensor | PackedImages]]:
         """Index and pixels of each batch, on the device."""
-        dense = self._dense()
-        if dense is None:
-            for index, pixels in self._decoder.batches(order, self.batch_size, count):
-                yield self._uploaded(index), self._uploaded(pixels)
+        resident = self._resident()
+        if resident is not None:
+            # on the device once an epoch; the order starts again where it ends
+            chosen = torch.from_numpy(np.resize(order, (count, self.batch_size))).to(self.device)
+            for index in chosen:
+                yield index, resident.pixels.take(index)
             return
-        for start in range(0, count * self.batch_size, self.batch_size):
-            chosen = order.take(range(start, start + self.batch_size), mode="wrap")
-            index = torch.from_numpy(chosen).to(self.device)
-            if self._resident is None:
-                yield index, self._uploaded(torch.from_numpy(dense.take(chosen, axis=0)))
-            else:
-                yield index, self._resident[index]
+        with closing(self._decoder.batches(order, self.batch_size, count)) as batches:
+            for index, pixels in batches:
+                yield (
+                    index.to(self.device, non_blocking=True),
+                    pixels.to(self.device, non_blocking=True),
+                )
 
-    def _dense(self) -> np.ndarray | None:
-        """(n, H, W, 3) uint8 pixels of the whole source if they are in memory, else None."""
-        dense = getattr(self.source, "images", None)
-        fits = dense is not None and dense.nbytes <= self._cache_bytes
-        if isinstance(dense, np.memmap) and not fits:
-            dense = None  # page faults belong into the decoding threads
-        if dense is None and self._decoder.cache.holds_all_but(self.quarantine.items()):
-            dense, fits = self._decoder.cache.dense, True
-        if fits and self._resident is None and self.device.type != "cpu":
-            self._resident = torch.tensor(dense, device=self.device)
-        return dense
+    def _resident(self) -> ResidentImages | None:
+        """All readable images on the device, if they are in memory and fit there."""
+        missing = self.quarantine.items()
+        if self._kept is not None and not holds_all_but(self._kept.held, missing):
+            self._kept = None  # a restored state knows of fewer unreadable images
+        if self._kept is None:
+            self._kept = self._newly_resident(missing)
+        return self._kept
 
-    def _uploaded(self, pixels: Tensor | PackedImages) -> Tensor | PackedImages:
-        if isinstance(pixels, Tensor):
-            return pixels.to(self.device, non_blocking=True)
-        tensors = (pixels.buffer, pixels.offsets, pixels.sizes)
-        return PackedImages(
-            *(tensor.to(self.device, non_blocking=True) for tensor in tensors), checked=True
-        )
+    def _newly_resident(self, missing: list[int]) -> ResidentImages | None:
+        images, cache = getattr(self.source, "images", None), self._decoder.cache
+        on_cpu = self.device.type == "cpu"
+        if images is not None and (on_cpu and not isinstance(images, np.memmap)):
+            return ResidentImages.of_array(images, self.device)
+        if images is not None and images.nbytes <= self._cache_bytes:
+            if fits_on(self.device, images.nbytes):
+                return ResidentImages.of_array(images, self.device)
+        if not holds_all_but(cache.held, missing) or not fits_on(self.device, cache.used_bytes):
+            return None
+        kept = ResidentImages.of_cache(cache, self.device)
+        if not on_cpu:
+            # the host's memory is free again
+            self._decoder.cache = PixelCache(len(self.source), self._cache_bytes)
+        return kept
 
 
 def _usable_cores() -> int:

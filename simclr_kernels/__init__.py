@@ -2,6 +2,7 @@
 
 from simclr_kernels.augment import augment, two_views
 from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.augment_modules import TwoViews, pack_collate
 from simclr_kernels.ntxent import fused_nt_xent
 from simclr_kernels.ntxent_metrics import NTXentMetrics
 from simclr_kernels.ntxent_modules import LearnableTemperature, NegativeQueue, NTXentLoss
@@ -20,8 +21,10 @@ __all__ = [
     "NTXentMetrics",
     "NegativeQueue",
     "PackedImages",
+    "TwoViews",
     "augment",
     "fused_nt_xent",
+    "pack_collate",
     "sample_params",
     "two_views",
 ]

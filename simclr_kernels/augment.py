@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from simclr_kernels import reference
+from simclr_kernels import augment_cpu, reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages, refuse_where
-from simclr_kernels.params import AugmentParams, sample_params
+from simclr_kernels.params import AugmentParams, check_counters, kernel_draws, sample_params
 
 # pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU;
 # elsewhere about 1 GiB of temporaries, since a piece costs hundreds of launches and some waits
@@ -30,7 +30,8 @@ def augment(
     """One view of each image, exactly as params say: same images, same params, same view.
 
     crop, resize, flip -> colour jitter -> grayscale -> blur -> solarize -> mean/std; every formula
-    is in reference.py (google-research/simclr, tf2/data_util.py).
+    is in reference.py (google-research/simclr, tf2/data_util.py). Where the operations of
+    params.study come in is said at reference.augment.
 
     Args:
         images: (B, H, W, 3) uint8, or PackedImages, on any device.
@@ -47,25 +48,11 @@ def augment(
             for the device) a crop is empty or reaches outside its image.
         TypeError: images are not uint8, or dtype is not a floating dtype listed above.
     """
-    sizes = _image_sizes(images)
+    sizes = image_sizes(images)
     views = _empty_views(len(images), config, dtype, images.device, memory_format)
-    if len(params) != len(images):
-        raise ValueError(
-            f"params must be of as many images as there are: {len(images)}, got {len(params)}"
-        )
-    if params.crop.device != images.device:
-        raise ValueError(
-            f"images and params must be on one device, got {images.device} and {params.crop.device}"
-        )
+    check_params(params, images)
     if params.crop.device.type == "cpu":
-        start, length = params.crop.long().chunk(2, 1)
-        bad = (start < 0) | (length < 1) | (start > sizes.long() - length)
-        refuse_where(
-            bad.any(1),
-            "the crop of image {i} must lie inside its {4}x{5} pixels and not be empty, "
-            "got y {0}, x {1}, height {2}, width {3}",
-            torch.cat([params.crop, sizes], 1),
-        )
+        check_crops(params.crop, sizes)
 
     _fill(views, images, params, config)
     return views
@@ -88,13 +75,19 @@ def two_views(
     Returns:
         (2B, 3, size, size) in dtype.
     """
-    sizes = _image_sizes(images)
+    sizes = image_sizes(images)
     if index.device != images.device:
         raise ValueError(
             f"images and index must be on one device, got {images.device} and {index.device}"
         )
     B = len(images)
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
+    if _in_cpp(views) and kernel_draws(config):
+        check_counters(seed, epoch, index)
+        if len(index) != B:
+            raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
+        augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
+        return views
     for view, out in enumerate(views.split(B) if B else ()):
         params = sample_params(config, sizes, seed=seed, epoch=epoch, index=index, view=view)
         _fill(out, images, params, config)
@@ -115,10 +108,24 @@ def _empty_views(
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
+def _in_cpp(views: Tensor) -> bool:
+    return views.is_cpu and views.dtype in augment_cpu.DTYPES
+
+
 def _fill(
     views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
 ) -> None:
-    """Writes one view of each image into views (B, 3, size, size), in pieces of bounded memory."""
+    """Writes one view of each image into views (B, 3, size, size)."""
+    if _in_cpp(views) and params.study is None:
+        augment_cpu.fill_views(views, images, params, config)
+    else:
+        _fill_by_reference(views, images, params, config)
+
+
+def _fill_by_reference(
+    views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
+) -> None:
+    """The same in torch, in pieces of bounded memory."""
     compute = torch.promote_types(views.dtype, torch.float32)
     packed = isinstance(images, PackedImages)
     if len(views) == 0:
@@ -152,14 +159,39 @@ def _cut_out(images: PackedImages, first: int, crop: Tensor) -> Tensor:
     return pixels
 
 
-def _image_sizes(images: Tensor | PackedImages) -> Tensor:
-    """(B, 2) integer, height and width of each image."""
+def check_params(params: AugmentParams, images: Tensor | PackedImages) -> None:
+    """Refuses params that are not of these images. See augment."""
+    if len(params) != len(images):
+        raise ValueError(
+            f"params must be of as many images as there are: {len(images)}, got {len(params)}"
+        )
+    if params.crop.device != images.device:
+        raise ValueError(
+            f"images and params must be on one device, got {images.device} and {params.crop.device}"
+        )
+
+
+def check_crops(crop: Tensor, sizes: Tensor) -> None:
+    """Refuses crops (B, 4) that are empty or reach outside their images (B, 2); both on the CPU."""
+    start, length = crop.long().chunk(2, 1)
+    bad = (start < 0) | (length < 1) | (start > sizes.long() - length)
+    refuse_where(
+        bad.any(1),
+        "the crop of image {i} must lie inside its {4}x{5} pixels and not be empty, "
+        "got y {0}, x {1}, height {2}, width {3}",
+        torch.cat([crop, sizes], 1),
+    )
+
+
+def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
+    """(B, 2) integer, height and width of each image, which may be floating where that is said."""
     if isinstance(images, PackedImages):
         return images.sizes
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor or PackedImages, got {type(images).__name__}")
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if images.dtype != torch.uint8 and not (floating and images.is_floating_point()):
+        allowed = "uint8 or floating" if floating else "uint8"
+        raise TypeError(f"images must be {allowed}, got {images.dtype}")
     if images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise ValueError(
             f"images must be (B, height, width, 3) with pixels, got {tuple(images.shape)}"

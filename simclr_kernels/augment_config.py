@@ -8,6 +8,7 @@ from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+STUDY_OPERATIONS = ("cutout", "rotation", "sobel", "noise")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class AugmentConfig:
         sigma_px: smallest and largest standard deviation of the blur in output pixels.
         mean: per channel, subtracted last, in units of 1.0 = white; None leaves [0, 1].
         std: per channel, divided by last; given where mean is given.
+        cutout: probability of masking a square, one for both views or two: of view 0 and view 1
+            (any even and odd view). This and what follows is not in SimCLR's recipe but in its
+            paper's study of compositions: see reference_study.
+        rotation: the same of a rotation by 90, 180 or 270 degrees, equally likely.
+        sobel: the same of a Sobel filter.
+        noise: the same of Gaussian noise.
+        cutout_side: side of the square over that of the view, rounded down to whole pixels around
+            its centre, which is uniform over the view: the square may reach beyond the border.
+        noise_sigma: standard deviation of the noise, in units of 1.0 = white.
 
     Raises:
         ValueError: a value breaks its rule; the message names both.
@@ -61,15 +71,23 @@ class AugmentConfig:
     sigma_px: tuple[float, float] = (0.1, 2.0)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    cutout: float | tuple[float, float] = 0.0
+    rotation: float | tuple[float, float] = 0.0
+    sobel: float | tuple[float, float] = 0.0
+    noise: float | tuple[float, float] = 0.0
+    cutout_side: float = 0.5
+    noise_sigma: float = 0.1
 
     def __post_init__(self):
         if not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"size must be a whole number >= 1, got {self.size!r}")
         _check_choice("sampler", self.sampler, ("tensorflow", "torchvision"))
         _check_choice("brightness_mode", self.brightness_mode, ("multiply", "add"))
-        for name in ("flip", "jitter", "grayscale"):
+        of_both = [n for n in STUDY_OPERATIONS if isinstance(getattr(self, n), int | float)]
+        for name in ("flip", "jitter", "grayscale", *of_both):
             _check_probability(name, getattr(self, name))
-        for name in ("blur", "solarize"):
+        of_each = [name for name in STUDY_OPERATIONS if name not in of_both]
+        for name in ("blur", "solarize", *of_each):
             if len(getattr(self, name)) != 2:
                 raise ValueError(
                     f"{name} must be two probabilities (one per view), got {getattr(self, name)!r}"
@@ -98,6 +116,12 @@ class AugmentConfig:
             raise ValueError(
                 f"min_covered must be in [0, largest area {self.area[1]}], got {self.min_covered}"
             )
+        if not 0 < self.cutout_side <= 1:
+            raise ValueError(
+                f"cutout_side is a fraction and must be in (0, 1], got {self.cutout_side}"
+            )
+        if not 0 < self.noise_sigma < math.inf:
+            raise ValueError(f"noise_sigma must be positive and finite, got {self.noise_sigma}")
         if (self.mean is None) != (self.std is None):
             raise ValueError(
                 f"mean and std must be given together, got mean {self.mean} and std {self.std}"
@@ -109,6 +133,12 @@ class AugmentConfig:
                 "mean and std must have three values each, std above 0, "
                 f"got mean {self.mean} and std {self.std}"
             )
+
+    @property
+    def has_study_operations(self) -> bool:
+        """Whether views may be cut out, rotated, Sobel-filtered or noisy."""
+        values = (getattr(self, name) for name in STUDY_OPERATIONS)
+        return any(max(p) > 0 if isinstance(p, tuple | list) else p > 0 for p in values)
 
     @classmethod
     def simclr(cls, size: int = 224, strength: float = 1.0) -> AugmentConfig:

@@ -13,27 +13,29 @@ import signal
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from simclr_kernels import __version__
-from simclr_kernels.augment import augment
 from simclr_kernels.checkpoint import DamagedCheckpoint, write_atomically
+from simclr_kernels.compare import PIPELINES, Difference
 from simclr_kernels.config import TrainConfig, ViewsConfig
 from simclr_kernels.data import decode_image, open_source, open_splits
 from simclr_kernels.demo import demo
 from simclr_kernels.doctor import doctor
 from simclr_kernels.evaluate import eval_batches
 from simclr_kernels.models import build_encoder
-from simclr_kernels.params import AugmentParams, sample_params
 from simclr_kernels.pipelines.quarantine import TooManyUnreadable
 from simclr_kernels.report import table
-from simclr_kernels.report_pictures import save_contact_sheet
 from simclr_kernels.runs import augment_config, fit, frozen_accuracy, load_encoder
 from simclr_kernels.trainer import NonFiniteTraining
+from simclr_kernels.view_sheets import draw_comparison, draw_contact_sheet, draw_gallery
+
+VIEWS = """Contact sheet of an image and its views; --compare: pipelines side by side on it, with
+their difference from the reference; --gallery: the image under every preset."""
 
 # what a user can cause: said in one line; anything else keeps its traceback
 EXPECTED = (
@@ -92,12 +94,22 @@ def _parsers() -> tuple[ArgumentParser, dict[str, Any]]:
     evaluation.add_argument("--device", type=str, default="auto")
     commands.add_subcommand("eval", evaluation)
 
-    sheet = ArgumentParser(description="Contact sheet of an image and its views.")
+    sheet = ArgumentParser(description=VIEWS)
     sheet.add_argument("images", type=str, nargs="+", help="image files")
     sheet.add_class_arguments(ViewsConfig)
     sheet.add_argument("--count", type=int, default=8, help="views of each image")
     sheet.add_argument("--seed", type=int, default=0)
     sheet.add_argument("--out", type=str, default="views", help="folder of the sheets")
+    sheet.add_argument(
+        "--compare",
+        type=Literal[PIPELINES],
+        nargs="*",
+        default=None,
+        help="these pipelines with the same parameters beside the reference (none named: all)",
+    )
+    sheet.add_argument(
+        "--gallery", action="store_true", help="every operation, and views of every preset"
+    )
     commands.add_subcommand("views", sheet)
 
     commands.add_subcommand("doctor", ArgumentParser(description="What runs where, and why."))
@@ -204,6 +216,8 @@ def _eval(arguments: Namespace) -> int:
 
 
 def _views(parser: ArgumentParser, arguments: Namespace) -> int:
+    if arguments.gallery and arguments.compare is not None:
+        raise ValueError("--gallery and --compare are two sheets; ask for one at a time")
     config = augment_config(_dataclass(ViewsConfig, parser, arguments))
     # mean and std would leave the range that a picture can show
     config = dataclasses.replace(config, mean=None, std=None)
@@ -211,28 +225,41 @@ def _views(parser: ArgumentParser, arguments: Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(map(Path, arguments.images)):
         image = decode_image(path.read_bytes())
-        size = torch.tensor([image.shape[:2]])
-        # epochs give as many draws as asked for; even ones show view 0, odd ones view 1
-        params = AugmentParams.concatenate(
-            [
-                sample_params(
-                    config,
-                    size,
-                    seed=arguments.seed,
-                    epoch=k // 2,
-                    index=torch.tensor([index]),
-                    view=k % 2,
-                )
-                for k in range(arguments.count)
-            ]
-        )
-        repeated = torch.from_numpy(image).expand(arguments.count, *image.shape)
-        pixels = augment(repeated, params, config)
-        captions = [params.describe(k, config.brightness_mode) for k in range(arguments.count)]
-        sheet = out / f"{path.stem}-views.png"
-        save_contact_sheet(image, pixels, captions, params.crop, sheet)
-        print(f"{path}: {arguments.count} views in {sheet}")
+        draw = {"count": arguments.count, "seed": arguments.seed, "index": index}
+        if arguments.gallery:
+            sheet = out / f"{path.stem}-gallery.png"
+            presets = draw_gallery(image, config.size, sheet, **draw)
+            print(f"{path}: {presets} presets, {arguments.count} views each, in {sheet}")
+        elif arguments.compare is not None:
+            sheet = out / f"{path.stem}-compare.png"
+            pipelines = tuple(dict.fromkeys(arguments.compare)) or PIPELINES
+            print(
+                _comparison(path, sheet, *draw_comparison(image, config, pipelines, sheet, **draw))
+            )
+        else:
+            sheet = out / f"{path.stem}-views.png"
+            draw_contact_sheet(image, config, sheet, **draw)
+            print(f"{path}: {arguments.count} views in {sheet}")
     return 0
+
+
+def _comparison(
+    path: Path,
+    sheet: Path,
+    differences: list[dict[str, Difference]],
+    missing: dict[str, str],
+) -> str:
+    """What was compared and how far it is apart, what is missing, and where the picture is."""
+    columns = list(differences[0])
+    cells = [
+        [f"view {k + 1}", *(f"{of[name].mean:.3f} ({of[name].p99:.2f})" for name in columns)]
+        for k, of in enumerate(differences)
+    ]
+    lines = [f"{path}: difference from the reference in levels of 255, mean (99th percentile)"]
+    lines.append(table(cells, ["", *columns]))
+    lines += [f"{name} is left out: {reason}" for name, reason in missing.items()]
+    makers = ", ".join(["reference", *columns])
+    return "\n".join([*lines, f"{len(differences)} views by {makers} in {sheet}"])
 
 
 def _dataclass(kind: type, parser: ArgumentParser, arguments: Namespace) -> Any:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from simclr_kernels.augment_config import AugmentConfig
+
 
 @dataclass(frozen=True)
 class ViewsConfig:
@@ -21,6 +23,12 @@ class ViewsConfig:
         crop: False resizes the whole image instead of a random crop.
         color: False leaves out colour jitter and grayscale.
         blur: False leaves out the Gaussian blur.
+        cutout: probability of masking a square: one, or two: of view 0 and view 1.
+        rotation: the same of a rotation by 90, 180 or 270 degrees.
+        sobel: the same of a Sobel filter.
+        noise: the same of Gaussian noise.
+        cutout_side: side of the masked square over that of the view.
+        noise_sigma: standard deviation of the noise, in units of 1.0 = white.
     """
 
     preset: Literal["simclr", "simclr_v1", "cifar10", "byol", "moco_v2", "torchvision"] = "simclr"
@@ -30,6 +38,12 @@ class ViewsConfig:
     crop: bool = True
     color: bool = True
     blur: bool = True
+    cutout: float | tuple[float, float] = 0.0
+    rotation: float | tuple[float, float] = 0.0
+    sobel: float | tuple[float, float] = 0.0
+    noise: float | tuple[float, float] = 0.0
+    cutout_side: float = AugmentConfig.cutout_side
+    noise_sigma: float = AugmentConfig.noise_sigma
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,9 @@ class TrainConfig:
         views: the two views of an image.
         model: encoder and head.
         optimizer: LARS and schedule.
+        pipeline: what makes the views. auto: fused, our kernels, exact; or dali, which decodes on
+            the GPU and leaves the views to our kernels, where the images are encoded, do not fit
+            cache_gib decoded, and DALI is installed. kornia: Kornia's operators, to compare with.
         device: auto takes the GPU where there is one.
         precision: of encoder and head; auto is bfloat16 autocast on a GPU, float32 elsewhere.
         compile: torch.compile of the encoder; null: on a GPU.
@@ -106,6 +123,7 @@ class TrainConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pipeline: Literal["auto", "fused", "dali", "kornia"] = "auto"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None
@@ -130,7 +148,10 @@ class TrainConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
     def resolve(self) -> TrainConfig:
-        """The same run with every `auto` and null replaced by what this machine makes of it."""
+        """The same run with every `auto` and null replaced by what this machine makes of it.
+
+        But for `pipeline`, which depends on the images: see runs.choose_pipeline.
+        """
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Image sources: the built-in shapes10, arrays, image folders, Parquet files, and their splits.
+"""Image sources: shapes10, arrays, image folders, Parquet files, WebDataset shards; their splits.
 
 A source is any object that keeps the contract of ImageSource; a class of your own needs no base
 class and no registration. `open_source` finds the right one for a path, `split_source` cuts a test
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from simclr_kernels.decode import DecodeError, decode_image
-from simclr_kernels.image_folder import ImageFolder, class_folders
+from simclr_kernels.decode import MAX_PIXELS, DecodeError, declared_size, decode_image
+from simclr_kernels.image_folder import ImageFolder, class_folders, holds_images
 from simclr_kernels.parquet_images import ParquetImages
 from simclr_kernels.shapes10 import CLASSES, SPLITS, render
+from simclr_kernels.webdataset_images import WebDatasetImages
 
 __all__ = [
     "ArrayImages",
@@ -29,8 +31,10 @@ __all__ = [
     "ImageSource",
     "ParquetImages",
     "Subset",
+    "WebDatasetImages",
     "MissingSplit",
     "decode_image",
+    "decoded_bytes",
     "open_source",
     "open_splits",
     "shapes10",
@@ -38,8 +42,9 @@ __all__ = [
 ]
 
 FINGERPRINTED_IMAGES = 4096
+MEASURED_IMAGES = 64
 SPLIT_STREAM = 2**32  # second word of the Philox key; shapes10 uses 0 and 1
-SPLIT_NAMES = {  # what a split's folder or Parquet files may be called, the first found wins
+SPLIT_NAMES = {  # what a split's folder or files may be called, the first found wins
     "train": ("train", "training"),
     "test": ("test", "val", "valid", "validation"),
     "val": ("val", "valid", "validation"),
@@ -52,7 +57,7 @@ class ImageSource(Protocol):
 
     `decode` is called from several threads at once. A source that has all its pixels in memory may
     also offer `images`, an (n, H, W, 3) uint8 numpy array or None; one that holds encoded files
-    `encoded(i) -> bytes`.
+    `encoded(i) -> bytes`, which raises DecodeError like `decode`, and `max_pixels`.
     """
 
     labels: np.ndarray | None  # (n,) int64; -1 where unknown
@@ -163,6 +168,7 @@ class Subset:
         self.classes = source.classes
         if hasattr(source, "encoded"):
             self.encoded = lambda i: source.encoded(int(self.indices[i]))
+            self.max_pixels = getattr(source, "max_pixels", MAX_PIXELS)
 
     @cached_property
     def images(self) -> np.ndarray | None:
@@ -220,13 +226,14 @@ class MissingSplit(ValueError):
 
 
 def open_source(spec: str | Path, split: str | None = None) -> ImageSource:
-    """Open "shapes10", an image folder, a Parquet file or a folder of them, a .npz or .npy file.
+    """Open "shapes10", an image folder, Parquet files or WebDataset shards, a .npz or .npy file.
 
-    A folder has splits if its subfolders or its Parquet files are named after them: train/ and
-    test/ (or val/, valid/, validation/), or train.parquet, test-00000-of-00001.parquet and so on.
+    A folder has splits if its subfolders, its .parquet or its .tar files are named after them:
+    train/ and test/ (or val/, valid/, validation/), or train.parquet, test-00000-of-00001.parquet,
+    imagenet1k-train-0000.tar and so on. A .tar file beside images is not opened.
 
     Args:
-        spec: name or path.
+        spec: name, path, or pattern of .tar files (see WebDatasetImages).
         split: "train" or None: the train split, or everything where there are no splits at all;
             "test": the test split or, without one, the validation split; "val".
 
@@ -239,21 +246,28 @@ def open_source(spec: str | Path, split: str | None = None) -> ImageSource:
     if spec == "shapes10":
         return shapes10("test" if split == "val" else split or "train")
     path = Path(spec)
-    if not path.exists():
+    pattern = path.suffix == ".tar" and any(sign in path.name for sign in "{*?[")
+    if not path.exists() and not pattern:
         raise ValueError(
-            f"data must be 'shapes10', a folder, a .parquet, .npz or .npy file; no {path} exists"
+            "data must be 'shapes10', a folder, a .parquet, .tar, .npz or .npy file; "
+            f"no {path} exists"
         )
     if path.is_dir():
         if files := sorted(path.rglob("*.parquet")):
-            return _open_parquet(path, files, split)
+            return _open_files(ParquetImages, path, files, split)
+        # archives may lie beside the images they held
+        if not holds_images(path) and (files := sorted(path.rglob("*.tar"))):
+            return _open_files(WebDatasetImages, path, files, split)
         return _open_folder(path, split)
     if split in ("test", "val"):
         raise MissingSplit(f"a single file has no splits, got {path} for the split {split!r}")
     if path.suffix == ".parquet":
         return ParquetImages(path)
+    if path.suffix == ".tar":
+        return WebDatasetImages(path)
     if path.suffix in (".npz", ".npy"):
         return ArrayImages.load(path)
-    raise ValueError(f"a data file must end in .parquet, .npz or .npy, got {path}")
+    raise ValueError(f"a data file must end in .parquet, .tar, .npz or .npy, got {path}")
 
 
 def open_splits(
@@ -267,18 +281,18 @@ def open_splits(
     return open_source(spec, "train"), test
 
 
-def _open_parquet(root: Path, files: list[Path], split: str | None) -> ParquetImages:
+def _open_files(kind: type, root: Path, files: list[Path], split: str | None) -> ImageSource:
     named = {}
     for file in files:
         *folders, stem = (part.lower() for part in file.relative_to(root).with_suffix("").parts)
         # train-00000-of-00004 and train_0 name a split, trainer does not
-        for word in {*folders, re.split(r"[^a-z]", stem)[0]}:
+        for word in {*folders, *re.split(r"[^a-z]+", stem)}:
             named.setdefault(word, []).append(file)
     for name in SPLIT_NAMES[split or "train"]:
         if name in named:
-            return ParquetImages(named[name])
+            return kind(named[name])
     if split is None or (split == "train" and not named.keys() & ALL_SPLIT_NAMES):
-        return ParquetImages(files)
+        return kind(files)
     found = ", ".join(str(file.relative_to(root)) for file in files[:10])
     raise _missing_split(root, split, found)
 
@@ -307,9 +321,22 @@ def _open_folder(root: Path, split: str | None) -> ImageFolder:
 def _missing_split(root: Path, split: str, found: str) -> MissingSplit:
     looked_for = ", ".join(SPLIT_NAMES[split])
     return MissingSplit(
-        f"{root} must hold a subfolder or Parquet files named {looked_for} for the split "
+        f"{root} must hold a subfolder or files named {looked_for} for the split "
         f"{split!r}, got {found}"
     )
+
+
+def decoded_bytes(source: ImageSource) -> int:
+    """About what all images take as uint8 pixels, by the headers of up to 64 of them.
+
+    The source must offer `encoded`. Unreadable images are left out; 0 where all of those are.
+    """
+    sizes = []
+    for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED_IMAGES)).astype(int):
+        with suppress(DecodeError):
+            height, width = declared_size(source.encoded(int(i)))
+            sizes.append(3 * height * width)
+    return int(np.mean(sizes) * len(source)) if sizes else 0
 
 
 def _check_seed(seed: int) -> None:

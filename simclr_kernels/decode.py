@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -67,7 +69,8 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
         data: the encoded file, all of it.
         name: where it comes from, for the message of an error.
         max_pixels: images whose header declares more are refused before they are decoded. Pillow's
-            own limit, twice Image.MAX_IMAGE_PIXELS (179 megapixels), holds as well.
+            own limit, twice Image.MAX_IMAGE_PIXELS (179 megapixels), holds as well. Decoding takes
+            up to 20 bytes a pixel for a moment.
 
     Returns:
         (H, W, 3) uint8 array, RGB, contiguous.
@@ -75,21 +78,47 @@ def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -
     Raises:
         DecodeError: data is empty, not an image, truncated, damaged, or above max_pixels.
     """
+    with _opened(data, name) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(
+                f"an image must have at most {max_pixels} pixels (max_pixels), "
+                f"got {width} x {height}"
+            )
+        return rgb_pixels(image)
+
+
+def declared_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header alone, before the image is turned upright.
+
+    Raises:
+        DecodeError: there is no such header.
+    """
+    with _opened(data, "") as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image behind data; whatever is wrong with it becomes a DecodeError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"an image must have at most {max_pixels} pixels (max_pixels), "
-                    f"got {width} x {height}"
-                )
-            # before the orientation is read: a TIFF turns itself upright while it loads
-            image.load()
-            return np.array(_rgb(_upright(image)))
+            yield image
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         prefix = f"{name}: " if name else ""
         raise DecodeError(f"{prefix}unreadable image of {len(data)} bytes: {reason}") from error
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an opened image of any mode, upright, as decode_image describes.
+
+    Raises:
+        One of DAMAGE: the file behind the image turns out to be damaged.
+    """
+    # before the orientation is read: a TIFF turns itself upright while it loads
+    image.load()
+    return np.array(_rgb(_upright(image)))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from importlib import metadata
 
@@ -13,6 +14,12 @@ from simclr_kernels.report import table
 OPTIONAL = {
     "triton": "GPU kernels",
     "pyarrow": "Parquet data sets, pip install simclr-kernels[hf]",
+}
+# of `train --pipeline`: the module that it needs, and what it is
+PIPELINES = {
+    "fused": (None, "Pillow decodes in threads; views by our kernels"),
+    "dali": ("nvidia.dali", "DALI decodes, on the GPU where there is one; views by our kernels"),
+    "kornia": ("kornia", "Pillow decodes in threads; views by Kornia's operators"),
 }
 
 
@@ -27,7 +34,24 @@ def doctor() -> str:
         lines.append(f"{package}: {_version(package)} ({purpose})")
     lines.append(_gpus())
     lines += ["", table(_operations(), ["operation", "tensors on", "runs", "because"])]
+    lines += ["", table(_pipelines(), ["pipeline", "here", "what it is"])]
     return "\n".join(lines)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _pipelines() -> list[list[str]]:
+    rows = []
+    for name, (module, what) in PIPELINES.items():
+        here = module is None or is_installed(module)
+        rows.append([name, "yes" if here else f"pip install simclr-kernels[{name}]", what])
+    return rows
 
 
 def _version(package: str) -> str:
@@ -47,7 +71,7 @@ def _gpus() -> str:
 
 
 def _operations() -> list[list[str]]:
-    instructions = _C.ntxent_instruction_sets()[0]
+    instructions = _C.instruction_sets()[0]
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     triton = _version("triton")
     if triton == "not installed":
@@ -56,7 +80,9 @@ def _operations() -> list[list[str]]:
         ["fused_nt_xent", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
         ["fused_nt_xent", "cuda", "Triton", gpu],
         ["fused_nt_xent", "others, float64", "torch, in row blocks", "no kernel for them"],
-        ["views", "all", "torch reference, batched", "kernels of their own are not written yet"],
-        ["decoding", "cpu", "Pillow, in threads", "GPU decoding is not written yet"],
+        ["views", "cpu", f"C++, {instructions}", "the best that this CPU can run"],
+        ["views", "cuda", "Triton", gpu],
+        ["views", "others, float64", "torch, in pieces", "no kernel for them"],
+        ["views of studies", "all", "torch, in pieces", "cutout, rotation, Sobel, noise: rare"],
         ["encoder", "all", "torch", "bfloat16 and torch.compile by default on a GPU"],
     ]

@@ -92,6 +92,11 @@ class ImageFolder:
         return self._fingerprint
 
 
+def holds_images(root: str | Path) -> bool:
+    """Whether there is an image file in root, at any depth."""
+    return next(_image_paths(Path(root)), None) is not None
+
+
 def class_folders(root: str | Path) -> list[str]:
     """Names of the subfolders of root, sorted, without those that begin with a dot."""
     with os.scandir(root) as entries:

@@ -65,8 +65,11 @@ class PackedImages:
         )
 
     @classmethod
-    def from_images(cls, images: Sequence) -> PackedImages:
-        """Copies (height, width, 3) uint8 arrays or tensors into one buffer on the CPU."""
+    def from_images(cls, images: Sequence, *, pin_memory: bool = False) -> PackedImages:
+        """Copies (height, width, 3) uint8 arrays or tensors into one buffer on the CPU.
+
+        pin_memory makes it page-locked, for copies to a GPU beside other work.
+        """
         # arrays that are read-only or run backwards are copied: torch takes neither
         tensors = [
             image if isinstance(image, Tensor) else torch.from_numpy(np.require(image, None, "CW"))
@@ -81,12 +84,15 @@ class PackedImages:
                 )
         ends = torch.tensor([0] + [image.numel() for image in tensors]).cumsum(0)
         flat = [image.reshape(-1) for image in tensors]
+        buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin_memory)
+        if flat:
+            torch.cat(flat, out=buffer)
         sizes = [image.shape[:2] for image in tensors]
-        return cls(
-            buffer=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
-            offsets=ends[:-1],
-            sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
-        )
+        sizes = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+        offsets = ends[:-1]
+        if pin_memory:
+            offsets, sizes = offsets.pin_memory(), sizes.pin_memory()
+        return cls(buffer, offsets, sizes)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -107,8 +113,15 @@ class PackedImages:
         """The images of index (B,) int64 on the same device; the buffer is shared, not copied."""
         return PackedImages(self.buffer, self.offsets[index], self.sizes[index], checked=True)
 
-    def to(self, device: torch.device | str) -> PackedImages:
-        tensors = (t.to(device) for t in (self.buffer, self.offsets, self.sizes))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedImages:
+        """A copy in page-locked memory; a DataLoader calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change) -> PackedImages:
+        tensors = (change(t) for t in (self.buffer, self.offsets, self.sizes))
         return PackedImages(*tensors, checked=True)
 
 

@@ -21,7 +21,9 @@ class Laps:
     """Seconds that each phase of a step takes, by the device's own clock where it has one.
 
     On a GPU phases are timed by events, read when they have passed: the host never waits for
-    them, and the optimiser's share is that of the step before.
+    them, and the optimiser's share is that of the step before. There "views" is what the pipeline
+    books for making them: where that is device time beside the encoder, the phases of a step add up
+    to more than the step.
     """
 
     def __init__(self, device: torch.device, pipeline: Any):
@@ -33,15 +35,15 @@ class Laps:
     def restart(self) -> None:
         """Begin a step: the next time to pass is that of fetching a batch."""
         self.start = time.perf_counter()
-        self.waited = self.pipeline.seconds["data"]
+        self.booked = dict(self.pipeline.seconds)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def fetched(self) -> None:
-        """The batch is there: split the time since the step began into waiting and making views."""
+        """The batch is there: what of the time since the step began was waiting, what views."""
         now = time.perf_counter()
-        data = self.pipeline.seconds["data"] - self.waited
+        data, views = (self.pipeline.seconds[name] - self.booked[name] for name in PHASES[:2])
         self.seconds["data"] = data
-        self.seconds["views"] = max(0.0, now - self.start - data)
+        self.seconds["views"] = views if self.on_gpu else max(0.0, now - self.start - data)
         self.last = self._now()
 
     def mark(self, phase: str) -> None:

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr_kernels import reference_study
+from simclr_kernels.reference_resize import (  # noqa: F401
+    KEYS_A,
+    POSITION_BITS,
+    crop_resize,
+    resize_taps,
+)
+
 SQUARED_NORM_FLOOR = 1e-12
 TIE = 2.0**-20  # of the size of two logits: closer ones are equal
 
@@ -111,95 +119,8 @@ def original_metrics(z: Tensor, tau: float, normalize: bool = True) -> tuple[Ten
     return right.to(z.dtype).mean(), -(p * (p + 1e-8).log()).sum(1).mean()
 
 
-KEYS_A = -0.5  # of the bicubic kernel
-POSITION_BITS = 10  # the original reads its bicubic weights from a table of 1024 steps
 SPAN_FLOOR = 1e-12  # below it the hue and the saturation of a pixel do not matter
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
-
-
-def resize_taps(
-    start: Tensor, length: Tensor, out: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """The four source pixels and weights behind each output pixel, along one side of a crop.
-
-    Bicubic (Keys, A = -0.5), half-pixel centres, no antialias. The position of output x is
-    ((2x + 1) length - out) / (2 out) in source pixels, rounded to 1/1024 (ties to even); taps
-    outside the crop get weight 0 and the others are renormalised (tf.image.resize of TF2). Its
-    float32 positions fall on the same 1/1024 for outputs of 24, 32, 48, 64, 96, 128, 160, 192 and
-    256 and crop sides up to 2048; for 224 a few differ from a side of 898 on.
-
-    Args:
-        start: (B,) integer, first pixel of each crop in its image.
-        length: (B,) integer >= 1, pixels of each crop.
-        out: output pixels.
-        dtype: of the weights.
-
-    Returns:
-        (B, out, 4) int64 source pixels and (B, out, 4) weights that sum to 1.
-    """
-    start, length = start.long()[:, None, None], length.long()[:, None, None]
-    x = torch.arange(out, device=start.device)[:, None]
-    num = ((2 * x + 1) * length - out) << POSITION_BITS
-    doubled = 2 * num + 2 * out
-    position = doubled.div(4 * out, rounding_mode="floor")
-    # a tie went up: back to the even neighbour
-    position = position - ((doubled == position * (4 * out)) & (position % 2 == 1)).long()
-
-    tap = (position >> POSITION_BITS) + torch.arange(-1, 3, device=start.device)  # [B, out, 4]
-    distance = ((tap << POSITION_BITS) - position).abs().to(dtype) / (1 << POSITION_BITS)
-    a = KEYS_A
-    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
-    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-    inside = (tap >= 0) & (tap < length)
-    weight = torch.where(distance < 1, near, far) * inside
-    return start + tap.clamp_min(0).minimum(length - 1), weight / weight.sum(2, keepdim=True)
-
-
-def crop_resize(
-    images: Tensor,
-    crop: Tensor,
-    size: int | tuple[int, int],
-    flip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Cuts a box out of each image and resizes it; bicubic overshoot is kept. See resize_taps.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        crop: (B, 4) integer (y, x, height, width) in source pixels, inside the image.
-        size: output side, or (height, width), in pixels.
-        flip: (B,) bool, mirrors left and right after the resize.
-        dtype: float32 or float64, of the arithmetic and the result.
-
-    Returns:
-        (B, 3, height, width) in units of 1.0 = white: pixels are multiplied by 1/255.
-    """
-    out_height, out_width = (size, size) if isinstance(size, int) else size
-    y, x, height, width = crop.unbind(1)
-    rows, row_weights = resize_taps(y, height, out_height, dtype)
-    columns, column_weights = resize_taps(x, width, out_width, dtype)
-    if flip is not None:
-        flip = flip[:, None, None]
-        columns = torch.where(flip, columns.flip(1), columns)
-        column_weights = torch.where(flip, column_weights.flip(1), column_weights)
-    B, _, W, _ = images.shape
-    table = (images.to(dtype) * (1 / 255)).flatten(2)  # [B, H, W * 3]
-    table = _weighted_rows(table, rows, row_weights)
-    # columns become rows, so that both passes gather contiguous runs
-    table = table.view(B, out_height, W, 3).permute(0, 2, 3, 1).flatten(2)
-    table = _weighted_rows(table, columns, column_weights)
-    return table.view(B, out_width, 3, out_height).permute(0, 2, 3, 1).contiguous()
-
-
-def _weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """(B, out, C): of table (B, rows, C), the sum of 4 rows by index and weight (B, out, 4)."""
-    B, rows, C = table.shape
-    index = index + torch.arange(B, device=table.device)[:, None, None] * rows
-    index, weight, table = index.view(-1, 4), weight.view(-1, 4, 1), table.reshape(B * rows, C)
-    total = table.index_select(0, index[:, 0]) * weight[:, 0]
-    for k in range(1, 4):
-        total.addcmul_(table.index_select(0, index[:, k]), weight[:, k])
-    return total.view(B, -1, C)
 
 
 def _per_image(value: Tensor, planes: Tensor) -> Tensor:
@@ -340,6 +261,10 @@ def augment(images: Tensor, params, config, dtype: torch.dtype = torch.float32) 
 
     crop, resize, flip -> colour jitter -> grayscale -> clip -> blur, clip -> solarize -> mean/std.
 
+    The operations of params.study, see reference_study, have their places in it too: rotation right
+    after the flip, among the geometry; Sobel filter and then noise after solarize, where the recipe
+    is complete; cutout after mean/std, so that what it masks is 0 to the encoder, as in its paper.
+
     Args:
         images: (B, H, W, 3) uint8.
         params: AugmentParams of the B images.
@@ -350,6 +275,9 @@ def augment(images: Tensor, params, config, dtype: torch.dtype = torch.float32) 
         (B, 3, size, size), in [0, 1] unless the config normalises.
     """
     planes = crop_resize(images, params.crop, config.size, params.flip, dtype)
+    study = params.study
+    if study is not None:
+        planes = reference_study.rotate(planes, study.quarter_turns)
     planes = color_jitter(planes, params, config.brightness_mode)
     gray = params.grayscale.nonzero()[:, 0]
     if len(gray):
@@ -359,7 +287,12 @@ def augment(images: Tensor, params, config, dtype: torch.dtype = torch.float32) 
     if len(inverted):
         changed = solarize(planes.index_select(0, inverted), params.solarize[inverted])
         planes.index_copy_(0, inverted, changed)
-    return planes if config.mean is None else normalize(planes, config.mean, config.std)
+    if study is not None:
+        planes = reference_study.sobel(planes, study.sobel)
+        planes = reference_study.gaussian_noise(planes, study.noise_sigma, study.noise_key)
+    if config.mean is not None:
+        planes = normalize(planes, config.mean, config.std)
+    return planes if study is None else reference_study.cutout(planes, study.cutout)
 
 
 def eval_crop(

@@ -7,73 +7,34 @@ encoder was fed, to the nearest of 256 levels.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.textpath import TextPath
-from matplotlib.transforms import IdentityTransform
-from PIL import Image
 from torch import Tensor
 
 from simclr_kernels.figure_style import (
     BLUE,
     CLASS_COLORS,
-    DPI,
     MUTED,
-    PALETTE,
     figure_style,
     write_png,
 )
+from simclr_kernels.picture_sheet import (
+    LINE,
+    Sheet,
+    enlarge,
+    fit_image,
+    text_width,
+    view_pixels,
+    wrap,
+)
 
-LINE = 26
-CAPTION_CHARACTERS = 30
 MAX_EMBEDDED = 1500
 MAX_CLASSES = 2 * len(CLASS_COLORS)
-
-
-class _Sheet:
-    """A white sheet in pixels, (0, 0) at the top left, on which images are pasted unresampled."""
-
-    def __init__(self, width: int, height: int):
-        self.height = height
-        # a quarter of a pixel more: the canvas rounds down, and 29 / 200 * 200 is below 29
-        self.figure = Figure(figsize=((width + 0.25) / DPI, (height + 0.25) / DPI), dpi=DPI)
-
-    def image(self, pixels: np.ndarray, x: int, y: int) -> None:
-        self.figure.figimage(pixels, x, self.height - y - pixels.shape[0])
-
-    def text(self, text: str, x: float, y: float, **style) -> None:
-        """Writes lines of text, LINE pixels apart, below y."""
-        style = {"va": "top", "fontsize": 7, "transform": IdentityTransform()} | style
-        for i, line in enumerate(text.split("\n")):
-            self.figure.text(x, self.height - y - i * LINE, line, **style)
-
-    def box(self, x: float, y: float, width: float, height: float, number: int) -> None:
-        """Outlines a box in the colour of a number, with a white rim on either side."""
-        place = (x, self.height - y - height), width, height
-        for color, points in (("white", 2.4), (PALETTE[number % 6], 1.4)):
-            style = {"fill": False, "edgecolor": color, "linewidth": points}
-            self.figure.add_artist(Rectangle(*place, **style, transform=IdentityTransform()))
-
-    def badge(self, number: int, x: float, y: float, corner: int = 0) -> None:
-        """Writes number + 1 on its colour into corner 0 to 3: clockwise from the top left."""
-        right, bottom = corner % 4 in (1, 2), corner % 4 in (2, 3)
-        self.text(
-            str(number + 1),
-            x + (-6 if right else 6),
-            y + (-6 if bottom else 6),
-            ha="right" if right else "left",
-            va="bottom" if bottom else "top",
-            color="white",
-            weight="bold",
-            bbox={"facecolor": PALETTE[number % 6], "edgecolor": "none", "pad": 1.6},
-        )
 
 
 def save_gallery(
@@ -97,7 +58,7 @@ def save_gallery(
         TypeError: views are not floating, or a source is not uint8.
         ValueError: a shape disagrees, a view leaves [0, 1], or there are not B sources or captions.
     """
-    tiles = _pixels(views)
+    tiles = view_pixels(views)
     if len(tiles) % 2:
         raise ValueError(
             f"views must have an even number of rows (two per image), got {len(tiles)}"
@@ -106,7 +67,7 @@ def save_gallery(
     for name, given in (("sources", sources), ("captions", captions)):
         if given is not None and len(given) != count:
             raise ValueError(f"{name} must have one entry per image ({count}), got {len(given)}")
-    tiles = _enlarge(tiles, 192)
+    tiles = enlarge(tiles, 192)
     side, gap, gutter = tiles.shape[1], 8, 48
     columns = 2 if sources is None else 3
     step_x = columns * (side + gap) - gap + gutter
@@ -116,12 +77,12 @@ def save_gallery(
     across = min(across, count)
     lines = -(-count // across)
     with figure_style():
-        sheet = _Sheet(across * step_x - gutter + 2 * gap, lines * step_y + gap)
+        sheet = Sheet(across * step_x - gutter + 2 * gap, lines * step_y + gap)
         for i in range(count):
             x, y = gap + i % across * step_x, gap + i // across * step_y
             row = [tiles[i], tiles[i + count]]
             if sources is not None:
-                row.insert(0, _fit(sources[i], side, side))
+                row.insert(0, fit_image(sources[i], side, side))
             for column, tile in enumerate(row):
                 left = x + column * (side + gap) + (side - tile.shape[1]) // 2
                 sheet.image(tile, left, y + (side - tile.shape[0]) // 2)
@@ -154,7 +115,7 @@ def save_contact_sheet(
         TypeError: views are not floating, or the source is not uint8.
         ValueError: a shape disagrees, a view leaves [0, 1], or there are not K captions or crops.
     """
-    tiles = _enlarge(_pixels(views), 224)
+    tiles = enlarge(view_pixels(views), 224)
     count, side = tiles.shape[:2]
     if len(captions) != count:
         raise ValueError(f"captions must have one text per view ({count}), got {len(captions)}")
@@ -163,15 +124,15 @@ def save_contact_sheet(
         raise ValueError(f"crops must be (K, 4) with K = {count} views, got {crops.shape}")
     columns = min(columns, count)
     lines = -(-count // columns)
-    texts = [_wrap(caption) for caption in captions]
+    texts = [wrap(caption) for caption in captions]
     step_y = side + LINE * max(map(len, texts)) + 30
-    picture = _fit(source, max(480, lines * step_y - 30), 560)
+    picture = fit_image(source, max(480, lines * step_y - 30), 560)
     left = picture.shape[1] + 40
     with figure_style():
-        widest = max(_text_width(line) for text in texts for line in text)
+        widest = max(text_width(line) for text in texts for line in text)
         step_x = max(side, widest) + 24
         height = max(lines * step_y, picture.shape[0] + 8) + 8
-        sheet = _Sheet(left + columns * step_x, height)
+        sheet = Sheet(left + columns * step_x, height)
         sheet.image(picture, 8, 8)
         for i, tile in enumerate(tiles):
             x, y = left + i % columns * step_x, 8 + i // columns * step_y
@@ -186,57 +147,6 @@ def save_contact_sheet(
             # by turns in the four corners: boxes of one image often share one
             sheet.badge(i, x + width * (i % 4 in (1, 2)), y + height * (i % 4 in (2, 3)), corner=i)
         write_png(sheet.figure, out_png)
-
-
-def _wrap(caption: str) -> list[str]:
-    """The lines of a caption, long ones broken after commas outside brackets."""
-    lines = []
-    for line in caption.split("\n"):
-        lines.append("")
-        for phrase in re.split(r"(?<=,) (?![^(]*\))", line):
-            if lines[-1] and len(lines[-1]) + 1 + len(phrase) > CAPTION_CHARACTERS:
-                lines.append(phrase)
-            else:
-                lines[-1] = f"{lines[-1]} {phrase}".lstrip()
-    return lines
-
-
-def _text_width(line: str) -> int:
-    """Width in pixels of a line of a caption."""
-    return math.ceil(TextPath((0, 0), line or " ", size=7).get_extents().x1 * DPI / 72)
-
-
-def _pixels(views: Tensor) -> np.ndarray:
-    """(K, 3, S, S) floating views in [0, 1] -> (K, S, S, 3) uint8, to the nearest level."""
-    if views.ndim != 4 or views.shape[1] != 3 or views.shape[2] != views.shape[3] or not len(views):
-        raise ValueError(f"views must be (K, 3, S, S), got {tuple(views.shape)}")
-    if not views.is_floating_point():
-        raise TypeError(f"views must be floating and in [0, 1], got {views.dtype}")
-    views = views.detach().float().cpu()
-    if not ((views > -1e-3) & (views < 1 + 1e-3)).all():
-        low, high = views.min().item(), views.max().item()
-        raise ValueError(f"views must lie in [0, 1], before mean and std, got {low:g} to {high:g}")
-    return (views.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def _enlarge(tiles: np.ndarray, side: int) -> np.ndarray:
-    """Repeats the pixels of (K, S, S, 3) by the whole factor that comes nearest to `side`."""
-    factor = max(1, round(side / tiles.shape[1]))
-    return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def _fit(image: np.ndarray | Tensor, height: int, width: int) -> np.ndarray:
-    """Scales (H, W, 3) uint8 into a frame: up by a whole factor, or down by area."""
-    image = np.ascontiguousarray(image)
-    if image.dtype != np.uint8:
-        raise TypeError(f"source must be uint8, got {image.dtype}")
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"source must be (H, W, 3), got {image.shape}")
-    scale = min(height / image.shape[0], width / image.shape[1])
-    if scale >= 1:
-        return image.repeat(int(scale), axis=0).repeat(int(scale), axis=1)
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
 def save_embedding(

@@ -24,10 +24,17 @@ from tqdm import tqdm
 
 from simclr_kernels import __version__
 from simclr_kernels.augment import two_views
-from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.augment_config import STUDY_OPERATIONS, AugmentConfig
 from simclr_kernels.checkpoint import write_atomically
 from simclr_kernels.config import TrainConfig, ViewsConfig
-from simclr_kernels.data import DecodeError, MissingSplit, open_source
+from simclr_kernels.data import (
+    DecodeError,
+    ImageSource,
+    MissingSplit,
+    decoded_bytes,
+    open_source,
+)
+from simclr_kernels.doctor import is_installed
 from simclr_kernels.evaluate import (
     eval_batches,
     extract_features,
@@ -37,10 +44,13 @@ from simclr_kernels.evaluate import (
 )
 from simclr_kernels.models import SimCLR, build_encoder, projection_head
 from simclr_kernels.packed_images import PackedImages
+from simclr_kernels.pipelines import Pipeline
 from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.report import save_curves
 from simclr_kernels.report_pictures import save_embedding, save_gallery
 from simclr_kernels.trainer import TrainResult, train
+
+STUDY_SETTINGS = (*STUDY_OPERATIONS, "cutout_side", "noise_sigma")
 
 
 def augment_config(views: ViewsConfig) -> AugmentConfig:
@@ -61,7 +71,8 @@ def augment_config(views: ViewsConfig) -> AugmentConfig:
         config = dataclasses.replace(config, jitter=0.0, grayscale=0.0)
     if not views.blur:
         config = dataclasses.replace(config, blur=(0.0, 0.0))
-    return config
+    study = {name: getattr(views, name) for name in STUDY_SETTINGS}
+    return dataclasses.replace(config, **study)
 
 
 def build_model(config: TrainConfig) -> SimCLR:
@@ -75,6 +86,53 @@ def build_model(config: TrainConfig) -> SimCLR:
     return SimCLR(encoder, head).to(config.device, memory_format=layout)
 
 
+def choose_pipeline(config: TrainConfig, source: ImageSource) -> tuple[str, str]:
+    """What `pipeline: auto` stands for with these images on this machine, and why."""
+    if torch.device(config.device).type != "cuda":
+        return "fused", "exact; there is no GPU to decode on"
+    if not hasattr(source, "encoded"):
+        return "fused", "exact; the images are not encoded, so there is nothing to decode"
+    needed = decoded_bytes(source) / 2**30
+    images = f"decoded, the images take about {needed:.3g} GiB"
+    if needed <= config.cache_gib:
+        return "fused", f"exact; {images} and fit cache_gib {config.cache_gib:g}"
+    if not is_installed("nvidia.dali"):
+        return "fused", f"{images}, and DALI is not here to decode them on the GPU ([dali])"
+    return "dali", f"{images} and do not fit cache_gib {config.cache_gib:g}: the GPU decodes them"
+
+
+def build_pipeline(
+    config: TrainConfig, source: ImageSource, quarantine: str | Path | None = None
+) -> Pipeline:
+    """The pipeline that resolved settings name; `quarantine` is its log of unreadable images.
+
+    Raises:
+        ImportError: the pipeline's library is not installed; names the extra.
+        ValueError: pipeline is still "auto", or a setting is out of the pipeline's range.
+    """
+    arguments = (source, augment_config(config.views), config.batch_size)
+    options = {
+        "seed": config.seed,
+        "device": config.device,
+        "workers": config.workers,
+        "channels_last": config.channels_last,
+        "cache_gib": config.cache_gib,
+        "max_bad_fraction": config.max_bad_fraction,
+        "quarantine": quarantine,
+    }
+    if config.pipeline == "fused":
+        return FusedViews(*arguments, **options)
+    if config.pipeline == "dali":
+        from simclr_kernels.pipelines.dali_views import DALIViews
+
+        return DALIViews(*arguments, views="fused", **options)
+    if config.pipeline == "kornia":
+        from simclr_kernels.pipelines.kornia_views import KorniaViews
+
+        return KorniaViews(*arguments, **options)
+    raise ValueError(f"pipeline must be fused, dali or kornia, got {config.pipeline!r}")
+
+
 def fit(
     config: TrainConfig, run_dir: str | Path, *, resume: bool = False, label: str = "train"
 ) -> TrainResult:
@@ -85,18 +143,11 @@ def fit(
         raise FileExistsError(f"{run_dir} is not empty: resume that run or choose another folder")
     source = open_source(config.data)
     views = augment_config(config.views)
-    pipeline = FusedViews(
-        source,
-        views,
-        config.batch_size,
-        seed=config.seed,
-        device=config.device,
-        workers=config.workers,
-        channels_last=config.channels_last,
-        cache_gib=config.cache_gib,
-        max_bad_fraction=config.max_bad_fraction,
-        quarantine=run_dir / "quarantine.jsonl",
-    )
+    reason = None
+    if config.pipeline == "auto":
+        name, reason = choose_pipeline(config, source)
+        config = dataclasses.replace(config, pipeline=name)
+    pipeline = build_pipeline(config, source, run_dir / "quarantine.jsonl")
     try:
         held_out = open_source(config.data, "test")
     except MissingSplit:
@@ -113,6 +164,8 @@ def fit(
             skip_unreadable=True,
         )
     model = build_model(config)
+    if reason is not None:
+        _say(f"pipeline {config.pipeline}: {reason}")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume:
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

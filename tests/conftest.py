@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,20 @@ def shared_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name): the arrays of golden/name.npz, *_q16 converted to float64."""
+
+    def load(name):
+        with np.load(shared_path(f"golden/{name}.npz")) as arrays:
+            return {
+                key: arrays[key] * 1.5 / 65535 - 0.25 if key.endswith("_q16") else arrays[key]
+                for key in arrays.files
+            }
+
+    return load
 
 
 @pytest.fixture

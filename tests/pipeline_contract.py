@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_decode import encoded, png_header
 
 from simclr_kernels.data import ImageFolder, ParquetImages
 from simclr_kernels.pipelines import epoch_order
@@ -18,6 +19,16 @@ from simclr_kernels.pipelines.quarantine import TooManyUnreadable
 N, B, SIDE = 30, 8, 16  # images, batch size, side of the views
 # neighbours in the order of epoch 0, seed 0, in the first batch: two unreadable images in a row
 BAD = tuple(epoch_order(N, 0, 0)[2:4].tolist())
+
+# what a file or a cell may hold instead of an image
+UNREADABLE = {
+    "empty": b"",
+    "text": b"no image",
+    "zeros": bytes(500),
+    "half a png": encoded(np.zeros((20, 24, 3), np.uint8))[:50],
+    "half a jpeg": encoded(np.zeros((20, 24, 3), np.uint8), "JPEG")[:300],
+    "60000 x 60000": png_header(60_000, 60_000),
+}
 
 
 def image(i: int) -> Image.Image:
@@ -48,6 +59,15 @@ def indices(pipeline) -> list[int]:
     return [i for batch in pipeline for i in batch.index.tolist()]
 
 
+def views_by_index(batches) -> dict[int, torch.Tensor]:
+    """(2, 3, SIDE, SIDE) of each image that the batches show."""
+    shown = {}
+    for batch in batches:
+        pairs = torch.stack(batch.views.chunk(2), 1)
+        shown |= dict(zip(batch.index.tolist(), pairs, strict=True))
+    return shown
+
+
 def threads() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith(("prefetch", "decode"))}
 
@@ -61,7 +81,14 @@ def assert_same_batches(actual, expected):
 
 
 class PipelineContract:
-    """See the module. `make(source, batch_size, **options)` builds one with views SIDE wide."""
+    """See the module. `make(source, batch_size, **options)` builds one with views SIDE wide.
+
+    Attributes:
+        tolerance: largest difference between the views of one image in different batches. 0 unless
+            the pipeline's module says why its operators depend on their company.
+    """
+
+    tolerance = 0.0
 
     def make(self, source, batch_size, **options):
         raise NotImplementedError
@@ -106,6 +133,65 @@ class PipelineContract:
             epochs.append((batch.index.tolist(), batch.views[batch.index.argsort()]))
         assert epochs[0][0] != epochs[1][0]
         assert not torch.equal(epochs[0][1], epochs[1][1])
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"batch_size": 15},
+            {"batch_size": 6},
+            {"workers": 0},
+            {"workers": 3},
+            {"cache_gib": 0},
+            {"world_size": 2},
+            {"world_size": 3},
+            {"restart": 2},
+        ],
+        ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
+    )
+    def test_views_of_an_image_depend_on_seed_epoch_and_index_only(self, tmp_path, options):
+        write_images(tmp_path)
+        for i in range(N):  # neighbours of other sizes, so that a batch is ragged
+            path = tmp_path / f"class{i // 15}" / f"{i:02}.png"
+            image(i).resize((24 + i % 5, 20 + i % 3)).save(path)
+        source = ImageFolder(tmp_path)
+        expected = {}
+        for epoch in range(2):
+            pipeline = self.make(source, 10, seed=7, max_bad_fraction=0.0)
+            pipeline.set_epoch(epoch)
+            expected[epoch] = views_by_index(pipeline)
+            assert sorted(expected[epoch]) == list(range(N))
+
+        options = {"batch_size": 10, "seed": 7} | options
+        restart, ranks = options.pop("restart", None), options.get("world_size", 1)
+        shown = {0: {}, 1: {}}
+        for rank in range(ranks):
+            ours = options | {"rank": rank} | ({"batch_size": 5} if ranks > 1 else {})
+            pipeline = self.make(source, **ours)
+            # the same pipeline goes on: what it has kept of an epoch is used in the next
+            for epoch in range(2):
+                pipeline.set_epoch(epoch)
+                iteration = iter(pipeline)
+                for _ in range(restart or 0):
+                    shown[epoch] |= views_by_index([next(iteration)])
+                if restart:
+                    state = pipeline.state_dict()
+                    iteration = pipeline = self.make(source, **ours)
+                    pipeline.load_state_dict(state)
+                shown[epoch] |= views_by_index(iteration)
+        for epoch in range(2):
+            assert shown[epoch].keys() == expected[epoch].keys()
+            for i, views in shown[epoch].items():
+                torch.testing.assert_close(
+                    views, expected[epoch][i], rtol=0, atol=self.tolerance, msg=f"image {i}"
+                )
+
+    def test_iterator_without_a_batch_follows_the_epoch(self, folder):
+        pipeline = self.make(folder, B)
+        iteration = iter(pipeline)
+        pipeline.set_epoch(1)
+        assert next(iteration).index.tolist() == epoch_order(N, 0, 1)[:B].tolist()
+        pipeline.set_epoch(2)
+        assert next(iteration, None) is None
 
     def test_every_iteration_starts_at_the_beginning(self, folder):
         pipeline = self.make(folder, B)
@@ -168,6 +254,8 @@ class PipelineContract:
         pipeline = self.make(folder, B)
         pairs = list(pipeline.pairs())
         assert len(pairs) == len(pipeline.pairs()) == 3
+        triples = list(pipeline.pairs(with_index=True))
+        assert [index.tolist() for _, _, index in triples] == [b.index.tolist() for b in pipeline]
         for ((view0, view1), label), batch in zip(pairs, pipeline, strict=True):
             torch.testing.assert_close(torch.cat([view0, view1]), batch.views, rtol=0, atol=0)
             assert torch.equal(label, batch.label)
@@ -231,15 +319,48 @@ class PipelineContract:
         assert_same_batches(resumed, rest)
         assert resumed.quarantined == 2 and log.read_text() == logged
 
-    def test_unreadable_parquet_rows_are_replaced(self, tmp_path):
+    def test_every_kind_of_unreadable_file_is_replaced(self, tmp_path):
+        source = ImageFolder(write_images(tmp_path))
+        order = epoch_order(N, 0, 0).tolist()
+        bad = order[1:16:2]
+        paths = [tmp_path / source.paths[i] for i in bad]
+        for path, data in zip(paths, UNREADABLE.values(), strict=False):
+            path.write_bytes(data)
+        for path in paths[-2:]:
+            path.unlink()
+        paths[-1].mkdir()
+        pipeline = self.make(source, 7, max_bad_fraction=0.5)
+        assert indices(pipeline) == (2 * [i for i in order if i not in bad])[:28]
+        assert pipeline.quarantine.items() == sorted(bad)
+
+    def test_every_kind_of_unreadable_parquet_row_is_replaced(self, tmp_path):
         pa = pytest.importorskip("pyarrow")
         pq = pytest.importorskip("pyarrow.parquet")
-        files = ImageFolder(write_images(tmp_path, BAD))
-        rows = [files.encoded(i) for i in range(N)]
+        rows = [{"bytes": encoded(image(i)), "path": f"{i}.png"} for i in range(N)]
+        order = epoch_order(N, 0, 0).tolist()
+        bad = order[2:20:2]
+        cells = [{"bytes": data, "path": None} for data in UNREADABLE.values()]
+        cells += [None, {"bytes": None, "path": None}, {"bytes": None, "path": "nowhere.png"}]
+        for i, cell in zip(bad, cells, strict=True):
+            rows[i] = cell
         pq.write_table(pa.table({"image": rows}), tmp_path / "x.parquet")
-        pipeline = self.make(ParquetImages(tmp_path / "x.parquet"), B, max_bad_fraction=0.1)
-        readable = [i for i in epoch_order(N, 0, 0).tolist() if i not in BAD]
-        assert indices(pipeline) == readable[: 3 * B]
+        pipeline = self.make(ParquetImages(tmp_path / "x.parquet"), 7, max_bad_fraction=0.5)
+        assert indices(pipeline) == (2 * [i for i in order if i not in bad])[:28]
+        assert pipeline.quarantine.items() == sorted(bad)
+
+    def test_animations_and_rare_modes_are_images(self, folder, tmp_path):
+        write_images(tmp_path)
+        first, second, third = epoch_order(N, 0, 0)[:3].tolist()
+        frames = [image(first), image(first).rotate(180)]
+        frames[0].save(tmp_path / folder.paths[first], save_all=True, append_images=frames[1:])
+        image(second).convert("RGBA").save(tmp_path / folder.paths[second])
+        frames = {"save_all": True, "append_images": [image(0), image(1)]}
+        (tmp_path / folder.paths[third]).write_bytes(encoded(image(third), "GIF", **frames))
+        pipeline = self.make(ImageFolder(tmp_path), B, max_bad_fraction=0.0)
+        batch, plain = next(iter(pipeline)), next(iter(self.make(folder, B)))
+        assert torch.equal(batch.index, plain.index)
+        for views, expected in zip(batch.views.chunk(2), plain.views.chunk(2), strict=True):
+            torch.testing.assert_close(views[:2], expected[:2], rtol=0, atol=self.tolerance)
 
     def test_too_many_unreadable_images_stop_the_run(self, tmp_path):
         bad = epoch_order(N, 0, 0)[B : B + 12].tolist()

@@ -1,5 +1,6 @@
 """Views of dense and packed images: dispatch, memory layout, replay, refusals."""
 
+import copy
 import dataclasses
 import importlib
 
@@ -40,13 +41,15 @@ def params_of(images, config=BUSY, **counter):
 def test_a_view_is_that_of_the_reference():
     images = dense_images()
     params = params_of(images)
-    assert torch.equal(augment(images, params, BUSY), reference.augment(images, params, BUSY))
+    truth = reference.augment(images, params, BUSY, torch.float64)
+    # of pixels divided by std 0.2
+    assert (augment(images, params, BUSY) - truth).abs().max() < 5e-5
 
 
 def test_the_same_params_give_the_same_pixels_again():
     images = dense_images()
     params = params_of(images)
-    stored = AugmentParams(**{name: value.clone() for name, value in vars(params).items()})
+    stored = copy.deepcopy(params)
     assert torch.equal(augment(images, params, BUSY), augment(images, stored, BUSY))
 
 

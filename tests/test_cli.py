@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_settings_come_from_yaml_flags_and_the_run_itself(run, data):
     assert status == 0, err
     settings = yaml.safe_load(Path("r/config.yaml").read_text())
     assert (settings["batch_size"], settings["views"]["size"]) == (48, 8)
-    assert settings["precision"] == "float32"
+    assert settings["precision"] == "float32" and settings["pipeline"] == "fused"
+    assert "pipeline fused: exact; there is no GPU to decode on\n" in err
     status, out, err = run("train --resume r")
     assert status == 0, err
     assert "2 of 2 steps" in out
@@ -113,6 +115,17 @@ def test_settings_come_from_yaml_flags_and_the_run_itself(run, data):
     status, _, err = run("train --resume r --temperature 0.5")
     assert status == 1
     assert "temperature is 0.5, the run has 0.1" in err
+
+
+@pytest.mark.parametrize("pipeline", ["kornia"])
+def test_other_pipelines_train_and_are_kept_when_a_run_continues(run, data, pipeline):
+    status, _, err = run(f"train --data data --epochs 1 {SMALL} --pipeline {pipeline} --run_dir r")
+    assert status == 0, err
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["pipeline"] == pipeline
+    status, out, err = run("train --resume r")
+    assert status == 0 and "3 of 3 steps" in out, err
+    status, _, err = run("train --resume r --pipeline fused")
+    assert status == 1 and f"pipeline is fused, the run has {pipeline}" in err
 
 
 def test_print_config_shows_every_setting(run, capsys):
@@ -147,7 +160,14 @@ def test_what_cannot_be_done_is_said_in_one_line(run, command, message):
 
 
 @pytest.mark.parametrize(
-    "command", ["train --data shapes10 --batch_size x", "train", "fly", "train --views.sizes 3"]
+    "command",
+    [
+        "train --data shapes10 --batch_size x",
+        "train",
+        "fly",
+        "train --views.sizes 3",
+        "views a.png --compare torch",
+    ],
 )
 def test_unknown_flags_and_values_are_refused_with_status_2(run, command):
     with pytest.raises(SystemExit) as end:
@@ -186,11 +206,44 @@ def test_views_draws_one_sheet_per_image(run):
         assert sheet.width > 3 * 32
 
 
+def test_views_compares_pipelines_and_says_which_are_missing(run, monkeypatch):
+    for name in [name for name in sys.modules if (name + ".").startswith("kornia.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.delitem(sys.modules, "simclr_kernels.pipelines.kornia_views", raising=False)
+    Image.fromarray(np.full((40, 90, 3), 90, np.uint8)).save("wide.png")
+    status, out, err = run("views wide.png --size 32 --count 2 --compare fused kornia --out sheets")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("wide.png: difference from the reference in levels of 255")
+    assert lines[1].split() == ["fused"]
+    assert lines[3].split() == ["view", "1", "0.000", "(0.00)"]
+    assert lines[5].startswith("kornia is left out: ")
+    assert "pip install" in lines[5] and "[kornia]" in lines[5]
+    assert lines[6] == "2 views by reference, fused in sheets/wide-compare.png"
+    with Image.open("sheets/wide-compare.png") as sheet:
+        assert sheet.width > 3 * 224
+
+
+def test_views_draws_the_gallery_of_presets(run):
+    Image.fromarray(np.full((40, 90, 3), 90, np.uint8)).save("wide.png")
+    status, out, err = run("views wide.png --size 16 --count 2 --gallery --out sheets")
+    assert status == 0, err
+    assert out == "wide.png: 6 presets, 2 views each, in sheets/wide-gallery.png\n"
+    with Image.open("sheets/wide-gallery.png") as sheet:
+        assert sheet.height > 13 * 112
+    status, _, err = run("views wide.png --gallery --compare")
+    assert status == 1
+    assert "ask for one at a time" in err
+
+
 def test_doctor_says_what_runs_where(run):
     status, out, _ = run("doctor")
     assert status == 0
     assert "simclr_kernels 0." in out
-    assert [line.split("  ")[0] for line in out.splitlines()].count("fused_nt_xent") == 3
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    assert rows.count("fused_nt_xent") == rows.count("views") == 3
+    assert [rows.count(name) for name in ("fused", "dali", "kornia")] == [1, 1, 1]
 
 
 def test_demo_prints_a_row_for_each_variant_and_leaves_its_figures(run):

@@ -245,15 +245,15 @@ def test_single_file_has_no_test_split(tmp_path):
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):
-    (tmp_path / "set.tar").touch()
+    (tmp_path / "set.zip").touch()
     for spec, split, message in [
         ("shapes10", "dev", "split must be one of train, test, val or None, got 'dev'"),
         (
             tmp_path / "nowhere",
             None,
-            "a folder, a .parquet, .npz or .npy file; no .*nowhere exists",
+            "a folder, a .parquet, .tar, .npz or .npy file; no .*nowhere exists",
         ),
-        (tmp_path / "set.tar", None, "must end in .parquet, .npz or .npy, got .*set.tar"),
+        (tmp_path / "set.zip", None, "must end in .parquet, .tar, .npz or .npy, got .*set.zip"),
         (tmp_path, None, "must hold images .*got none"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,6 @@ from simclr_kernels.data import (
 )
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines import epoch_order
-from simclr_kernels.pipelines.decoding import PixelCache
 from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.pipelines.quarantine import Quarantine
 
@@ -75,7 +74,7 @@ class TestFusedViews(PipelineContract):
 
 class TestFusedViewsWithoutThreads(PipelineContract):
     def make(self, source, batch_size, **options):
-        return FusedViews(source, CONFIG, batch_size, workers=0, cache_gib=0, **options)
+        return FusedViews(source, CONFIG, batch_size, **{"workers": 0, "cache_gib": 0} | options)
 
 
 def test_epoch_order_is_a_pinned_permutation():
@@ -154,53 +153,35 @@ def test_views_have_the_dtype_and_memory_format_asked_for(folder):
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_the_same_by_every_route(folder):
     arrays = ArrayImages(np.stack([folder.decode(i) for i in range(N)]), folder.labels)
-    runs = []
-    for source in (folder, arrays):
-        for cache_gib in (0, 2):
-            pipeline = FusedViews(source, CONFIG, 8, device="cuda", cache_gib=cache_gib)
-            list(pipeline)
-            runs.append(list(pipeline))  # the second pass finds what the first has kept
-    assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
-    for run in runs[1:]:
-        assert_same_batches(run, runs[0])
+    ragged = Listed(random_images(N, (20, 24), (17, 40), (33, 9)))
+    for sources in ((folder, arrays), (ragged,)):
+        runs = []
+        for source in sources:
+            for cache_gib in (0, 2):
+                pipeline = FusedViews(source, CONFIG, 10, device="cuda", cache_gib=cache_gib)
+                list(pipeline)
+                runs.append(list(pipeline))  # the second pass finds what the first has kept
+                assert (pipeline._resident() is None) == (cache_gib == 0)
+        assert {tensor.device.type for tensor in runs[0][0]} == {"cuda"}
+        for run in runs[1:]:
+            assert_same_batches(run, runs[0])
 
 
-def test_cached_images_are_decoded_once():
-    source = Listed(random_images(32, (8, 8)))
-    pipeline = FusedViews(source, CONFIG, 16, workers=2)
-    for epoch in range(4):
-        pipeline.set_epoch(epoch)
-        list(pipeline)
-    assert sorted(source.decoded) == list(range(32))
-
-
-def test_without_cache_an_epoch_decodes_no_more_than_it_needs():
-    source = Listed(random_images(32, (8, 8)))
-    pipeline = FusedViews(source, CONFIG, 16, workers=2, cache_gib=0)
-    for epoch in range(3):
-        pipeline.set_epoch(epoch)
-        list(pipeline)
-    assert len(source.decoded) == 3 * 32
-
-
-def test_cache_keeps_to_its_limit():
-    images = random_images(10, (8, 8), (8, 9))
-    cache = PixelCache(10, limit_bytes=1000)
-    for i, image in enumerate(images):
-        cache.put(i, image)
-    kept = [i for i in range(10) if cache.get(i) is not None]
-    assert sum(images[i].nbytes for i in kept) == cache.used_bytes <= 1000 and len(kept) == 4
-    for i in kept:
-        np.testing.assert_array_equal(cache.get(i), images[i])
-
-
-def test_cache_knows_which_images_it_lacks():
-    cache = PixelCache(4, limit_bytes=1e6)
-    for i, image in enumerate(random_images(3, (8, 8))):
-        cache.put(i, image)
-    assert cache.holds_all_but([3]) and cache.holds_all_but([0, 3])
-    # as many as are missing, but not those
-    assert not cache.holds_all_but([0]) and not cache.holds_all_but([])
+@pytest.mark.gpu
+def test_views_made_beside_the_encoder_are_those_made_alone():
+    pipeline = FusedViews(Listed(random_images(64, (40, 30), (30, 50))), CONFIG, 8, device="cuda")
+    alone = [batch.views.clone() for batch in pipeline]
+    torch.cuda.synchronize()
+    work = torch.randn(2048, 2048, device="cuda")
+    beside = []
+    for batch in pipeline:
+        for _ in range(20):
+            work = (work @ work).clamp(-1, 1)
+        beside.append(batch.views * 1)
+        del batch
+    for a, b in zip(alone, beside, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert pipeline.seconds["views"] > 0
 
 
 def test_names_that_are_not_utf8_are_logged(tmp_path):

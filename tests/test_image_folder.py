@@ -80,6 +80,17 @@ def test_unreadable_files_are_named(tmp_path):
         source.decode(2)
 
 
+def test_folder_named_like_an_image_is_a_folder(tmp_path):
+    save(tmp_path, "a/0.png", "a/x.jpg/1.png")
+    (tmp_path / "a" / "y.png").mkdir()
+    source = ImageFolder(tmp_path)
+    assert source.paths == ["a/0.png", "a/x.jpg/1.png"]
+    (tmp_path / "a" / "0.png").unlink()
+    (tmp_path / "a" / "0.png").mkdir()
+    with pytest.raises(DecodeError, match=r"0\.png: .*Is a directory"):
+        source.decode(0)
+
+
 def test_dangling_link_is_an_unreadable_item(tmp_path):
     save(tmp_path, "0.png")
     (tmp_path / "1.png").symlink_to(tmp_path / "nowhere.png")

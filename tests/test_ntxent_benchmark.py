@@ -26,7 +26,8 @@ from benchmarks.measure import (
     warm_heap,
 )
 from benchmarks.peers import PEERS, PeerMissing, row_blocks
-from benchmarks.plot_ntxent import read_measurements, save_plot, table
+from benchmarks.plot_ntxent import save_plot, table
+from benchmarks.tables import read_measurements
 from simclr_kernels.reference import nt_xent, positive_index, unit_rows
 from simclr_kernels.testing import LossCase
 
@@ -189,7 +190,7 @@ def test_the_figure_is_drawn_from_either_kind_of_file(tmp_path):
         json.dumps({"machine": {"device": "a gpu"}, "measurements": with_roofline, "tiles": []})
     )
     for path, device, panels in ((by_pytest, "a cpu", 2), (by_gpu, "a gpu", 3)):
-        records, named = read_measurements(path)
+        records, named = read_measurements(path, "rows")
         assert named == device
         save_plot(records, path.with_suffix(".png"), named)
         picture = Image.open(path.with_suffix(".png")).convert("RGB")
@@ -201,7 +202,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match=re.escape("got ['a']")):
-        read_measurements(path)
+        read_measurements(path, "rows")
     with pytest.raises(ValueError, match="nothing to draw"):
         save_plot([RECORDS[-1]], tmp_path / "none.png", "a cpu")
 

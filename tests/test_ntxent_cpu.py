@@ -12,7 +12,7 @@ from simclr_kernels.ntxent_cpu import finish_rows, negative_sums, row_gradients
 from simclr_kernels.reference import unit_rows
 from simclr_kernels.testing import LOSS_CASES, LossCase, assert_as_accurate_as
 
-INSTRUCTION_SETS = _C.ntxent_instruction_sets()
+INSTRUCTION_SETS = _C.instruction_sets()
 # unit rows of one feature have no gradient to hold against anything
 CASES = [case for case in LOSS_CASES if case.features > 1]
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_holds_nan")
 
 @pytest.fixture
 def instruction_set(request):
-    _C.ntxent_use(request.param)
+    _C.use_instruction_set(request.param)
     yield request.param
-    _C.ntxent_use(INSTRUCTION_SETS[0])
+    _C.use_instruction_set(INSTRUCTION_SETS[0])
 
 
 def upstream(rows):
@@ -102,9 +102,9 @@ def test_instruction_sets_agree_at_every_number_of_rows(rows, tau):
     z = LossCase("", rows, 40, tau, "pairs").z()
     results = []
     for name in INSTRUCTION_SETS:
-        _C.ntxent_use(name)
+        _C.use_instruction_set(name)
         results.append(kernels(z, tau))
-    _C.ntxent_use(INSTRUCTION_SETS[0])
+    _C.use_instruction_set(INSTRUCTION_SETS[0])
     for loss, dz, _, _ in results[1:]:
         assert (loss - results[0][0]).norm() <= 1e-5 * results[0][0].norm()
         assert (dz - results[0][1]).norm() <= 1e-5 * results[0][1].norm()

@@ -332,4 +332,4 @@ def test_errors_about_negatives_state_the_rule_and_the_value(error, message, neg
 
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="instruction set must be one that runs here, got 'mmx'"):
-        _C.ntxent_use("mmx")
+        _C.use_instruction_set("mmx")

@@ -73,6 +73,30 @@ def test_laps_split_a_step_into_its_phases():
     assert sum(laps.seconds.values()) == 0
 
 
+def test_on_a_gpu_views_are_what_the_pipeline_books_for_them(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            return 40.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pipeline = SimpleNamespace(seconds={"data": 5.0, "views": 9.0})
+    laps = Laps(torch.device("cuda"), pipeline)
+    pipeline.seconds["views"] += 0.25  # beside the encoder of the step before: no time passes here
+    laps.fetched()
+    laps.mark("encoder")
+    seconds = laps.read()
+    assert (seconds["data"], seconds["views"], seconds["encoder"]) == (0.0, 0.25, 0.04)
+
+
 def test_a_signal_is_noted_once_and_a_second_interrupt_ends_at_once(capsys):
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:

@@ -5,40 +5,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import shared_path
+from golden_arrays import largest_difference, params_of, planes_of
 
 from simclr_kernels import reference
 from simclr_kernels.augment_config import AugmentConfig
-from simclr_kernels.params import AugmentParams
-
-
-@pytest.fixture(scope="module")
-def golden():
-    """golden(name): the arrays of golden/name.npz, *_q16 converted to float64."""
-
-    def load(name):
-        with np.load(shared_path(f"golden/{name}.npz")) as arrays:
-            return {
-                key: arrays[key] * 1.5 / 65535 - 0.25 if key.endswith("_q16") else arrays[key]
-                for key in arrays.files
-            }
-
-    return load
-
-
-def planes_of(images):
-    """(..., H, W, 3) array as a (..., 3, H, W) tensor."""
-    return torch.from_numpy(np.moveaxis(np.asarray(images), -1, -3).copy())
-
-
-def largest_difference(planes, images):
-    return (planes.double() - planes_of(images).double()).abs().max().item()
-
-
-def params_of(B, **values):
-    """Neutral AugmentParams of B images of one pixel, with some values replaced."""
-    neutral = AugmentParams.identity(torch.ones(B, 2, dtype=torch.int64))
-    return AugmentParams(**{**vars(neutral), **values})
 
 
 @pytest.mark.parametrize("group", ["s96", "s48", "s32", "r40x56"])
@@ -268,39 +238,6 @@ def test_solarize_inverts_from_the_threshold_on():
     inverted = reference.solarize(planes, torch.tensor([0.5, 1.0]))
     assert torch.equal(inverted[0, 0, 0], torch.tensor([0.2, 0.5, 0.0]))
     assert torch.equal(inverted[1], planes[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "group, size, tolerance",
-    [("s96", 96, 5e-6), ("s96v1", 96, 2e-5), ("s32", 32, 5e-6), ("s224", 224, 2e-5)],
-)
-def test_whole_views_are_those_of_the_original(golden, group, size, tolerance, dtype):
-    arrays = golden("full_view")
-    expected = arrays[f"{group}_out"] if f"{group}_out" in arrays else arrays[f"{group}_out_q16"]
-    modes = {2: "multiply", 1: "add"}
-    for k, source in enumerate(arrays[f"{group}_src"]):
-        mode = modes[int(arrays[f"{group}_brightness_impl"][k])]
-        values = {
-            "crop": torch.from_numpy(arrays[f"{group}_box"][k : k + 1]),
-            "flip": torch.from_numpy(arrays[f"{group}_flip"][k : k + 1]),
-            "grayscale": torch.from_numpy(arrays[f"{group}_gray"][k : k + 1]),
-            "brightness": torch.full((1,), 1.0 if mode == "multiply" else 0.0),
-        }
-        if arrays[f"{group}_jitter"][k]:
-            names = ("brightness", "contrast", "saturation", "hue_turns")
-            factors = torch.from_numpy(arrays[f"{group}_factors"][k])
-            values |= {name: factor.view(1) for name, factor in zip(names, factors, strict=True)}
-            values["order"] = torch.from_numpy(arrays[f"{group}_order"][k : k + 1])
-        if arrays[f"{group}_blur"][k]:
-            values["sigma_px"] = torch.from_numpy(arrays[f"{group}_sigma"][k : k + 1])
-        view = reference.augment(
-            torch.from_numpy(arrays[f"src_{source:02}"])[None],
-            params_of(1, **values),
-            AugmentConfig(size=size, brightness_mode=mode),
-            dtype,
-        )
-        assert largest_difference(view[0], expected[k]) < tolerance, k
 
 
 def test_a_normalised_view_is_shifted_and_scaled_last():

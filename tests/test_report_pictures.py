@@ -9,10 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from simclr_kernels.figure_style import CLASS_COLORS, PALETTE
+from simclr_kernels.picture_sheet import Sheet, wrap
 from simclr_kernels.report_pictures import (
-    _Sheet,
     _tsne,
-    _wrap,
     save_contact_sheet,
     save_embedding,
     save_gallery,
@@ -71,7 +70,7 @@ def test_gallery_shows_every_pixel_of_source_and_views_unresampled(tmp_path):
 
 def test_sheet_has_exactly_the_size_asked_for():
     for side in range(20, 400):
-        assert FigureCanvasAgg(_Sheet(side, side + 1).figure).get_width_height() == (side, side + 1)
+        assert FigureCanvasAgg(Sheet(side, side + 1).figure).get_width_height() == (side, side + 1)
 
 
 def test_gallery_of_large_views_is_pixel_for_pixel(tmp_path):
@@ -144,7 +143,7 @@ def test_contact_sheet_draws_boxes_where_the_crops_are(tmp_path):
 
 def test_long_captions_are_broken_after_commas_outside_brackets():
     caption = "crop 264x264 at (196, 134), flip, hue +12 deg, contrast x0.60\nblur 1.31 px"
-    assert _wrap(caption) == [
+    assert wrap(caption) == [
         "crop 264x264 at (196, 134),",
         "flip, hue +12 deg,",
         "contrast x0.60",

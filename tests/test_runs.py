@@ -1,14 +1,23 @@
 import dataclasses
+import re
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_decode import encoded
 
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.config import ModelConfig, TrainConfig, ViewsConfig
+from simclr_kernels.data import decoded_bytes, shapes10
+from simclr_kernels.pipelines.fused_views import FusedViews
 from simclr_kernels.runs import (
     augment_config,
     build_model,
+    build_pipeline,
+    choose_pipeline,
     frozen_accuracy,
     load_encoder,
     save_encoder,
@@ -59,6 +68,82 @@ def test_an_encoder_comes_back_with_what_its_images_must_look_like(tmp_path):
     original = AugmentConfig.moco_v2(40)
     assert (views.size, views.mean, views.std) == (40, original.mean, original.std)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+ON_GPU = dataclasses.replace(CONFIG, device="cuda")
+PNG = encoded(np.zeros((20, 30, 3), np.uint8))
+
+
+class Files:
+    """n encoded images; data[i % len(data)] is image i."""
+
+    def __init__(self, n, *data):
+        self.n, self.data = n, data
+
+    def __len__(self):
+        return self.n
+
+    def encoded(self, i):
+        return self.data[i % len(self.data)]
+
+
+@pytest.mark.parametrize(
+    "config, source, installed, expected, reason",
+    [
+        (CONFIG, Files(10**9, PNG), True, "fused", "no GPU"),
+        (ON_GPU, shapes10("test"), True, "fused", "not encoded"),
+        (ON_GPU, Files(10**6, PNG), True, "fused", "1.68 GiB and fit cache_gib 2"),
+        (ON_GPU, Files(10**7, PNG), True, "dali", "16.8 GiB and do not fit cache_gib 2"),
+        (ON_GPU, Files(10**7, PNG), False, "fused", r"DALI is not here .*\[dali\]"),
+        (ON_GPU, Files(10**9, b"broken"), True, "fused", "0 GiB and fit"),
+    ],
+)
+def test_the_pipeline_is_chosen_by_what_is_here(
+    monkeypatch, config, source, installed, expected, reason
+):
+    monkeypatch.setattr("simclr_kernels.runs.is_installed", lambda module: installed)
+    name, because = choose_pipeline(config, source)
+    assert name == expected and re.search(reason, because) and "\n" not in because
+
+
+def test_the_size_of_the_decoded_images_is_known_from_their_headers():
+    small, large = (encoded(np.zeros((h, w, 3), np.uint8), "JPEG") for h, w in ((8, 4), (40, 20)))
+    assert decoded_bytes(Files(64, small, large)) == 32 * 3 * (8 * 4 + 40 * 20)
+    assert decoded_bytes(Files(6400, small[:100], small)) == 6400 * 3 * 8 * 4
+    assert decoded_bytes(Files(1, large)) == 3 * 40 * 20
+
+
+@pytest.mark.parametrize(
+    "pipeline, kind, more",
+    [("dali", "DALIViews", {"views": "fused"}), ("kornia", "KorniaViews", {})],
+)
+def test_each_pipeline_is_built_with_the_settings_of_the_run(monkeypatch, pipeline, kind, more):
+    built = []
+    module = SimpleNamespace(**{kind: lambda *a, **o: built.append((a, o))})
+    monkeypatch.setitem(sys.modules, f"simclr_kernels.pipelines.{pipeline}_views", module)
+    source = shapes10("test")
+    config = dataclasses.replace(
+        CONFIG, pipeline=pipeline, seed=3, workers=1, cache_gib=0.5, max_bad_fraction=0.25
+    )
+    build_pipeline(config, source, "log.jsonl")
+    fused = build_pipeline(dataclasses.replace(config, pipeline="fused"), source, "log.jsonl")
+    ((arguments, options),) = built
+    assert arguments == (source, augment_config(config.views), config.batch_size)
+    assert options == more | {
+        "seed": 3,
+        "device": "cpu",
+        "workers": 1,
+        "channels_last": False,
+        "cache_gib": 0.5,
+        "max_bad_fraction": 0.25,
+        "quarantine": "log.jsonl",
+    }
+    assert isinstance(fused, FusedViews) and (fused.seed, len(fused)) == (3, 1000 // 256)
+
+
+def test_a_pipeline_that_is_not_resolved_is_refused():
+    with pytest.raises(ValueError, match="must be fused, dali or kornia, got 'auto'"):
+        build_pipeline(CONFIG, shapes10("test"))
 
 
 def test_other_files_are_refused_as_encoders(tmp_path):

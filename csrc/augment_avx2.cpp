@@ -1,0 +1,17 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "augment_kernels.h"
+
+// behind these headers: what they define inline must run on every processor
+#pragma GCC target("avx2,fma,f16c")
+#define SIMD_NAME avx2
+#define SIMD_FLOATS 8
+#include "augment_view.h"
+#endif
