@@ -10,7 +10,13 @@ from torch import Tensor
 from simclr_kernels import augment_cpu, reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages, refuse_where
-from simclr_kernels.params import AugmentParams, check_counters, kernel_draws, sample_params
+from simclr_kernels.params import (
+    AugmentParams,
+    check_counters,
+    kernel_draws,
+    sample_params,
+    triton_views,
+)
 
 # pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU;
 # elsewhere about 1 GiB of temporaries, since a piece costs hundreds of launches and some waits
@@ -48,11 +54,11 @@ def augment(
             for the device) a crop is empty or reaches outside its image.
         TypeError: images are not uint8, or dtype is not a floating dtype listed above.
     """
-    sizes = image_sizes(images)
+    check_images(images)
     views = _empty_views(len(images), config, dtype, images.device, memory_format)
     check_params(params, images)
     if params.crop.device.type == "cpu":
-        check_crops(params.crop, sizes)
+        check_crops(params.crop, image_sizes(images))
 
     _fill(views, images, params, config)
     return views
@@ -63,7 +69,7 @@ def two_views(
     config: AugmentConfig,
     *,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     index: Tensor,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -75,19 +81,24 @@ def two_views(
     Returns:
         (2B, 3, size, size) in dtype.
     """
-    sizes = image_sizes(images)
+    check_images(images)
     if index.device != images.device:
         raise ValueError(
             f"images and index must be on one device, got {images.device} and {index.device}"
         )
     B = len(images)
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
-    if _in_cpp(views) and kernel_draws(config):
+    in_triton = _in_triton(views) and not config.has_study_operations
+    if in_triton or (_in_cpp(views) and kernel_draws(config)):
         check_counters(seed, epoch, index)
         if len(index) != B:
             raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
-        augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
+        if in_triton:
+            triton_views().fill_two_views(views, images, config, seed, epoch, index)
+        else:
+            augment_cpu.fill_two_views(views, images, config, seed, int(epoch), index)
         return views
+    sizes = image_sizes(images)
     for view, out in enumerate(views.split(B) if B else ()):
         params = sample_params(config, sizes, seed=seed, epoch=epoch, index=index, view=view)
         _fill(out, images, params, config)
@@ -112,12 +123,18 @@ def _in_cpp(views: Tensor) -> bool:
     return views.is_cpu and views.dtype in augment_cpu.DTYPES
 
 
+def _in_triton(views: Tensor) -> bool:
+    return views.is_cuda and views.dtype != torch.float64
+
+
 def _fill(
     views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
 ) -> None:
     """Writes one view of each image into views (B, 3, size, size)."""
     if _in_cpp(views) and params.study is None:
         augment_cpu.fill_views(views, images, params, config)
+    elif _in_triton(views) and params.study is None:
+        triton_views().fill_views(views, images, params, config)
     else:
         _fill_by_reference(views, images, params, config)
 
@@ -183,10 +200,10 @@ def check_crops(crop: Tensor, sizes: Tensor) -> None:
     )
 
 
-def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
-    """(B, 2) integer, height and width of each image, which may be floating where that is said."""
+def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
+    """Refuses what is not a batch of images, which may be floating where that is said."""
     if isinstance(images, PackedImages):
-        return images.sizes
+        return
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor or PackedImages, got {type(images).__name__}")
     if images.dtype != torch.uint8 and not (floating and images.is_floating_point()):
@@ -196,5 +213,12 @@ def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor
         raise ValueError(
             f"images must be (B, height, width, 3) with pixels, got {tuple(images.shape)}"
         )
+
+
+def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
+    """(B, 2) integer, height and width of each image. See check_images."""
+    check_images(images, floating)
+    if isinstance(images, PackedImages):
+        return images.sizes
     sizes = torch.tensor(images.shape[1:3], device=images.device)
     return sizes.expand(len(images), 2)

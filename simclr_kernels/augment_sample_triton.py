@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from simclr_kernels.augment_config import AugmentConfig
+from simclr_kernels.crop_samplers import TENSORFLOW_ATTEMPTS
 from simclr_kernels.params import (
     FIRST_VALUE_DRAW,
-    PHILOX_MULTIPLIERS,
-    PHILOX_WEYL,
+    KERNEL_ARRAYS,
     SOLARIZE_THRESHOLD,
-    TENSORFLOW_ATTEMPTS,
     AugmentParams,
 )
+from simclr_kernels.philox import PHILOX_MULTIPLIERS, PHILOX_WEYL
 
 BLOCK = 64  # images of a program: few, since all wait for the one that is drawn most often
 WARPS = 1
@@ -70,7 +70,7 @@ def _rounded(x):
 
 @triton.jit
 def _crop_attempt(H, W, w0, w1, w2, w3, aspect_low, aspect_span, area_low, area_high, covered):
-    """(accepted, y, x, height, width): params._tensorflow_crop, step by step."""
+    """(accepted, y, x, height, width): crop_samplers.tensorflow_crop, step by step."""
     aspect = _uniform(w0) * aspect_span + aspect_low
     H_float, W_float = H.to(tl.float32), W.to(tl.float32)
     min_area = area_low * W_float * H_float
@@ -225,24 +225,6 @@ def _sample_kernel(
     tl.store(solarize_ptr + row, tl.where(inverted, SOLARIZED, 1.0), mask=inside)
 
 
-def empty_params(rows: int, device: torch.device) -> AugmentParams:
-    """AugmentParams of so many views, not yet filled."""
-    floats = torch.empty(6, rows, dtype=torch.float32, device=device).unbind()
-    flags = torch.empty(2, rows, dtype=torch.bool, device=device).unbind()
-    return AugmentParams(
-        crop=torch.empty(rows, 4, dtype=torch.int32, device=device),
-        flip=flags[0],
-        brightness=floats[0],
-        contrast=floats[1],
-        saturation=floats[2],
-        hue_turns=floats[3],
-        order=torch.empty(rows, 4, dtype=torch.int8, device=device),
-        grayscale=flags[1],
-        sigma_px=floats[4],
-        solarize=floats[5],
-    )
-
-
 def launch_sample(
     config: AugmentConfig,
     sizes: Tensor | tuple[int, int],
@@ -257,7 +239,12 @@ def launch_sample(
     sizes are (B, 2), or one height and width; epoch may be one int64 on the device.
     """
     B = len(index)
-    params = empty_params(views * B, index.device)
+    params = AugmentParams(
+        **{
+            name: torch.empty(views * B, *rest, dtype=dtype, device=index.device)
+            for name, (dtype, *rest) in KERNEL_ARRAYS.items()
+        }
+    )
     one_height, one_width = (0, 0) if isinstance(sizes, Tensor) else sizes
     add = config.brightness_mode == "add"
     _sample_kernel[(triton.cdiv(views * B, BLOCK),)](

@@ -11,6 +11,7 @@ The torchvision sampler takes logarithms: it draws its crops on the CPU, which d
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,12 @@ from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.augment_crop_triton import _crop_kernel
 from simclr_kernels.augment_sample_triton import launch_sample
 from simclr_kernels.packed_images import PackedImages
-from simclr_kernels.params import AugmentParams
-from simclr_kernels.params import sample_params as sample_params_in_torch
+from simclr_kernels.params import (
+    AugmentParams,
+    kernel_arrays,
+    kernel_draws,
+    sample_params_in_torch,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,17 +61,17 @@ def tiles_for(size: int) -> Tiles:
     return next(tiles for tiles in TILES if size <= tiles.size)
 
 
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def sample_params(
-    config: AugmentConfig,
-    sizes: Tensor,
-    *,
-    seed: int,
-    epoch: int | Tensor,
-    index: Tensor,
-    view: int,
+    config: AugmentConfig, sizes: Tensor, seed: int, epoch: int | Tensor, index: Tensor, view: int
 ) -> AugmentParams:
-    """See params.sample_params, which checks; one launch, for any sampler but torchvision's."""
-    return launch_sample(config, sizes, seed, epoch, index, view, 1)
+    """One launch, where kernel_draws(config). See params.sample_params, which checks."""
+    with _on(index.device):
+        return launch_sample(config, sizes, seed, epoch, index, view, 1)
 
 
 def fill_two_views(
@@ -80,32 +85,22 @@ def fill_two_views(
     """Writes both views of each image into views (2B, 3, size, size). See augment.two_views."""
     if len(index) == 0:
         return
-    if draws(config):
-        sizes = images.sizes if isinstance(images, PackedImages) else images.shape[1:3]
-        params = launch_sample(config, sizes, seed, epoch, index, 0, 2)
-    else:
-        sizes = _sizes(images, index.device)
-        params = AugmentParams.concatenate(
-            [
-                sample_params_in_torch(
-                    config, sizes, seed=seed, epoch=epoch, index=index, view=view
-                )
-                for view in range(2)
-            ]
-        )
-    _launch(views, images, params, config, any(config.blur))
-
-
-def draws(config: AugmentConfig) -> bool:
-    """Whether a kernel draws the params of this recipe."""
-    return not config.crop or config.sampler == "tensorflow"
-
-
-def _sizes(images: Tensor | PackedImages, device: torch.device) -> Tensor:
-    """(B, 2) integer, height and width of each image."""
-    if isinstance(images, PackedImages):
-        return images.sizes
-    return torch.tensor(images.shape[1:3], device=device).expand(len(images), 2)
+    packed = isinstance(images, PackedImages)
+    with _on(index.device):
+        if kernel_draws(config):
+            sizes = images.sizes if packed else images.shape[1:3]
+            params = launch_sample(config, sizes, seed, epoch, index, 0, 2)
+        else:
+            sizes = images.sizes if packed else torch.tensor([images.shape[1:3]] * len(index))
+            params = AugmentParams.concatenate(
+                [
+                    sample_params_in_torch(
+                        config, sizes.to(index.device, torch.int64), seed, epoch, index, view
+                    )
+                    for view in range(2)
+                ]
+            )
+        _launch(views, images, params, config, any(config.blur))
 
 
 def fill_views(
@@ -116,7 +111,8 @@ def fill_views(
     params are of V views: of the B images, or of all of them several times over. A view's order
     must be a permutation of the four operations.
     """
-    _launch(views, images, params, config, True)
+    with _on(views.device):
+        _launch(views, images, params, config, True)
 
 
 def _launch(
@@ -141,15 +137,8 @@ def _launch(
         source = (images.buffer, images.offsets.contiguous(), images.sizes.contiguous(), 0, 0)
     else:
         source = (images.contiguous(), None, None, *images.shape[1:3])
-    colors = (
-        params.order.contiguous().view(torch.int32),
-        params.brightness.contiguous(),
-        params.contrast.contiguous(),
-        params.saturation.contiguous(),
-        params.hue_turns.contiguous(),
-        params.grayscale.contiguous().view(torch.uint8),
-    )
-    sigma, solarize = params.sigma_px.contiguous(), params.solarize.contiguous()
+    crop, flip, *adjustments, order, gray, sigma, solarize = kernel_arrays(params)
+    colors = (order.view(torch.int32), *adjustments, gray.view(torch.uint8))
     mean, std = config.mean or (0.0, 0.0, 0.0), config.std or (1.0, 1.0, 1.0)
     scale = [1 / s for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
@@ -157,8 +146,8 @@ def _launch(
     _crop_kernel[(count * across * down,)](
         *source,
         len(images),
-        params.crop.contiguous(),
-        params.flip.contiguous().view(torch.uint8),
+        crop,
+        flip.view(torch.uint8),
         *colors,
         sigma,
         solarize,

@@ -3,6 +3,7 @@
 Their machine code for real GPUs: test_codegen.py.
 """
 
+import sys
 from dataclasses import replace
 from itertools import permutations
 
@@ -11,8 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_reference_views import golden  # noqa: F401
-from test_reference_views import params_of as neutral_params
+from golden_arrays import largest_difference, whole_view
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -24,10 +24,18 @@ from triton_views import (
     params_of,
 )
 
+import simclr_kernels
 from simclr_kernels import augment_sample_triton, augment_triton
+from simclr_kernels.augment import two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages
-from simclr_kernels.params import AugmentParams, sample_params
+from simclr_kernels.params import (
+    KERNEL_ARRAYS,
+    AugmentParams,
+    sample_params,
+    sample_params_in_torch,
+    triton_views,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
@@ -168,32 +176,13 @@ def test_a_white_frame_darkens_under_the_blur_of_the_original(one_tile):
     assert_close_to_the_reference(images.to(DEVICE), params, AugmentConfig(size=64))
 
 
-def test_views_are_those_of_tensorflow(golden, one_tile):  # noqa: F811
+@pytest.mark.parametrize("group, size, tolerance", [("s96", 96, 5e-6), ("s96v1", 96, 2e-5)])
+def test_views_are_those_of_tensorflow(golden, group, size, tolerance, one_tile):
     arrays = golden("full_view")
-    for group, cases in (("s96", range(2)), ("s32", range(3))):
-        expected = arrays[f"{group}_out"]
-        size = expected.shape[1]
-        for k in cases:
-            assert arrays[f"{group}_brightness_impl"][k] == 2
-            values = {
-                "crop": torch.from_numpy(arrays[f"{group}_box"][k : k + 1]).int(),
-                "flip": torch.from_numpy(arrays[f"{group}_flip"][k : k + 1]),
-                "grayscale": torch.from_numpy(arrays[f"{group}_gray"][k : k + 1]),
-            }
-            if arrays[f"{group}_jitter"][k]:
-                factors = torch.from_numpy(arrays[f"{group}_factors"][k])
-                names = ("brightness", "contrast", "saturation", "hue_turns")
-                values |= {n: f.view(1) for n, f in zip(names, factors, strict=True)}
-                order = torch.from_numpy(arrays[f"{group}_order"][k : k + 1])
-                values["order"] = order.to(torch.int8)
-            if arrays[f"{group}_blur"][k]:
-                values["sigma_px"] = torch.from_numpy(arrays[f"{group}_sigma"][k : k + 1])
-            source = torch.from_numpy(arrays[f"src_{arrays[f'{group}_src'][k]:02}"])[None]
-            view = by_kernels(
-                source.to(DEVICE), neutral_params(1, **values), AugmentConfig(size=size)
-            )
-            truth = torch.from_numpy(expected[k]).permute(2, 0, 1)
-            assert (view[0].cpu() - truth).abs().max() < 1e-5, (group, k)
+    for k in range(2):
+        images, params, config, expected = whole_view(arrays, group, size, k)
+        view = by_kernels(images.to(DEVICE), params, config)
+        assert largest_difference(view[0].cpu(), expected) < tolerance
 
 
 SAMPLED = {
@@ -215,22 +204,20 @@ def test_params_have_the_bits_of_the_torch_code(name, monkeypatch):
     sizes[:3] = torch.tensor([[32, 32], [65535, 65521], [31, 40]])
     index = torch.randint(0, 1 << 32, (600,), generator=generator)
     for view, seed, epoch in ((0, 0, 0), (1, (1 << 64) - 1, (1 << 32) - 1)):
-        counter = {"seed": seed, "epoch": epoch, "view": view}
-        expected = sample_params(config, sizes, index=index, **counter)
-        counter["epoch"] = torch.tensor([epoch], device=DEVICE) if view else epoch
+        expected = sample_params_in_torch(config, sizes, seed, epoch, index, view)
+        given = torch.tensor([epoch], device=DEVICE) if view else epoch
         found = augment_triton.sample_params(
-            config, sizes.to(DEVICE, torch.int32), index=index.to(DEVICE), **counter
+            config, sizes.to(DEVICE, torch.int32), seed, given, index.to(DEVICE), view
         )
-        for name, value in vars(expected).items():
-            if value is not None:
-                own = getattr(found, name).cpu()
-                assert own.dtype == value.dtype and torch.equal(own, value), name
+        for name, (dtype, *_) in KERNEL_ARRAYS.items():
+            own = getattr(found, name).cpu()
+            assert own.dtype == dtype and torch.equal(own, getattr(expected, name)), name
 
 
 def test_an_image_that_no_crop_fits_is_taken_whole_after_all_attempts():
     config, index = AugmentConfig.simclr(), torch.tensor([3], device=DEVICE)
     sizes = torch.tensor([[60, 1200]], device=DEVICE)
-    params = augment_triton.sample_params(config, sizes, seed=0, epoch=0, index=index, view=0)
+    params = augment_triton.sample_params(config, sizes, 0, 0, index, 0)
     assert params.crop.tolist() == [[0, 0, 60, 1200]]
 
 
@@ -291,3 +278,52 @@ def test_both_views_take_at_most_four_launches_and_no_operator_that_launches(
         assert len(started) == launches <= 4
         # they make tensors and views of them: nothing is computed, copied, or read back
         assert operators.names <= {"empty", "unbind", "view", "slice", "select", "detach"}
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_another_epoch_when_its_tensor_is_advanced():
+    images = images_of(*[(40, 50)] * 5)
+    config, index = AugmentConfig.simclr(224), torch.arange(5, device=DEVICE)
+    epoch = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def step(epoch):
+        return two_views(images, config, seed=1, epoch=epoch, index=index, dtype=torch.float16)
+
+    step(epoch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        views = step(epoch)
+    for number in range(3):
+        epoch.fill_(number)
+        graph.replay()
+        assert torch.equal(views, step(number))
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_kernels():
+    images = images_of((40, 50), (33, 20))
+    config, index = AugmentConfig.byol(96), torch.arange(2)
+    found = two_views(images, config, seed=1, epoch=0, index=index.to(DEVICE))
+    expected = two_views(images.to("cpu"), config, seed=1, epoch=0, index=index)
+    assert (found.cpu() - expected).abs().max() * min(config.std) < 1e-5
+
+
+def test_an_epoch_may_be_a_tensor_beside_the_index():
+    images, index = images_of((9, 9)).to("cpu"), torch.arange(1)
+    config = AugmentConfig.cifar10(16)
+    given = {"seed": 1, "index": index}
+    expected = two_views(images, config, epoch=3, **given)
+    assert torch.equal(two_views(images, config, epoch=torch.tensor([3]), **given), expected)
+    with pytest.raises(TypeError, match="must be int64, got torch.int32"):
+        two_views(images, config, epoch=torch.tensor(3, dtype=torch.int32), **given)
+    with pytest.raises(ValueError, match=r"one number on cpu, got shape \(2,\) on cpu"):
+        two_views(images, config, epoch=torch.tensor([3, 4]), **given)
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simclr_kernels.augment_triton", None)
+    monkeypatch.delattr(simclr_kernels, "augment_triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "simclr_kernels.augment_triton")
+    with pytest.raises(ImportError, match="views on a GPU need triton"):
+        triton_views()
