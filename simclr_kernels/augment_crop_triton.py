@@ -116,7 +116,7 @@ def _row_of_taps(w0, w1, w2, x0, x1, x2, x3, c: tl.constexpr):
     return total + _byte(w0, w1, w2, 6 + c) * x2[None, :] + _byte(w0, w1, w2, 9 + c) * x3[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one_height", "one_width", "images"])
 def _crop_kernel(
     images_ptr,  # uint8, all images
     offsets_ptr,  # (images,) int64, in bytes, or None: images are HEIGHT x WIDTH, one by one
@@ -215,6 +215,8 @@ def _crop_kernel(
         b = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(4):
             source_y = crop_y + tl.minimum(tl.maximum(first + i, 0), height - 1)
+            # nobody checked the crop: to do so would wait for the device
+            source_y = tl.minimum(tl.maximum(source_y, 0), H - 1)
             offs = (source_y * (3 * W))[:, None] + column_offs[None, :]
             if W >= 4:
                 w0, w1, w2 = _words(word_ptr, offs)
