@@ -93,6 +93,14 @@ void refuse_wide(std::int64_t width) {
                                     std::to_string(width));
 }
 
+void refuse_counters(const std::int64_t* index, std::int64_t count) {
+    if (count == 0) return;
+    const auto [low, high] = std::minmax_element(index, index + count);
+    if (*low < 0 || *high > 0xFFFFFFFF)
+        throw std::invalid_argument("index must be in [0, 2^32), got " + std::to_string(*low) +
+                                    " .. " + std::to_string(*high));
+}
+
 void refuse_order(std::int64_t i, const std::int8_t* order) {
     unsigned seen = 0;
     std::string text;
@@ -141,7 +149,14 @@ void augment_views(const Images& images, const ParamArrays& params, const ViewFo
 
 void augment_two_views(const Images& images, const ViewRanges& ranges, DrawKey key,
                        const std::int64_t* index, const ViewFormat& format, int threads) {
-    for (std::int64_t i = 0; i < images.count; ++i) refuse_wide(image_at(images, i).width);
+    refuse_counters(index, images.count);
+    for (std::int64_t i = 0; i < images.count; ++i) {
+        const Image image = image_at(images, i);
+        refuse_wide(image.width);
+        if (image.height >> 31)
+            throw std::invalid_argument("images must be less than 2^31 pixels high, got " +
+                                        std::to_string(image.height));
+    }
     make_views(images, 2 * images.count, format, threads,
                [&](std::int64_t k, const Image& image) {
                    const std::int64_t i = k % images.count;

@@ -75,7 +75,7 @@ def two_views(
     Returns:
         (2B, 3, size, size) in dtype.
     """
-    sizes = image_sizes(images)
+    check_images(images)
     if index.device != images.device:
         raise ValueError(
             f"images and index must be on one device, got {images.device} and {index.device}"
@@ -88,6 +88,7 @@ def two_views(
             raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
         augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
         return views
+    sizes = image_sizes(images)
     for view, out in enumerate(views.split(B) if B else ()):
         params = sample_params(config, sizes, seed=seed, epoch=epoch, index=index, view=view)
         _fill(out, images, params, config)
@@ -183,10 +184,10 @@ def check_crops(crop: Tensor, sizes: Tensor) -> None:
     )
 
 
-def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
-    """(B, 2) integer, height and width of each image, which may be floating where that is said."""
+def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
+    """Refuses what are no images; they may be floating where that is said."""
     if isinstance(images, PackedImages):
-        return images.sizes
+        return
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor or PackedImages, got {type(images).__name__}")
     if images.dtype != torch.uint8 and not (floating and images.is_floating_point()):
@@ -196,5 +197,12 @@ def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor
         raise ValueError(
             f"images must be (B, height, width, 3) with pixels, got {tuple(images.shape)}"
         )
+
+
+def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
+    """(B, 2) integer, height and width of each image. See check_images."""
+    check_images(images, floating)
+    if isinstance(images, PackedImages):
+        return images.sizes
     sizes = torch.tensor(images.shape[1:3], device=images.device)
     return sizes.expand(len(images), 2)

@@ -40,9 +40,9 @@ def fill_two_views(
     epoch: int,
     index: Tensor,
 ) -> None:
-    """Writes views 0 and 1 of each image, drawn by the sampler "tensorflow" from checked numbers.
+    """Writes views 0 and 1 of each image, drawn by the sampler "tensorflow".
 
-    index is (B,) int64.
+    index is (B,) int64; that its entries are in range is checked in C++.
     """
     source, pixels = _images(images)
     index = index.contiguous()

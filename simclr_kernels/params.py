@@ -200,6 +200,7 @@ def sample_params(
             "index must be (B,) and sizes (B, 2), "
             f"got {tuple(index.shape)} and {tuple(sizes.shape)}"
         )
+    _check_range("index", index, 0, 32)
     _check_range("sizes", sizes, 1, 31)
 
     sizes = sizes.to(index.device, torch.int64)
@@ -209,7 +210,7 @@ def sample_params(
 
 
 def check_counters(seed: int, epoch: int, index: Tensor, view: int = 0) -> None:
-    """Refuses what is not a counter of a random number. See sample_params."""
+    """Refuses what is not a counter of a random number; entries of index are not read."""
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 32)):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be in [0, 2^{bits}), got {value}")
@@ -217,7 +218,6 @@ def check_counters(seed: int, epoch: int, index: Tensor, view: int = 0) -> None:
         raise TypeError(f"index must be int64, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"index must be (B,), got {tuple(index.shape)}")
-    _check_range("index", index, 0, 32)
 
 
 def _check_range(name: str, values: Tensor, first: int, bits: int) -> None:
