@@ -30,8 +30,11 @@ Same seed, same bits in either mode, whatever the batch size, number of workers 
 resume point, on one kind of device; each image goes the same way in every batch.
 
 On a GPU the decoder keeps no decoded images (cache_gib counts for arrays only), and DALI holds
-memory of its own beside torch's; `close` gives both that and its threads back. Files that DALI
-refuses make it print to the standard error.
+memory of its own beside torch's; `close` frees that and ends DALI's threads, until the pipeline is
+used again. For a file that it refuses DALI prints to the standard error.
+
+On two CPU cores without a cache an ImageNet photo takes 4.3 ms of processor time from JPEG to its
+two views at 224 pixels, 5.6 with FusedViews, whose decoder is Pillow, 16.5 with views="dali".
 """
 
 from __future__ import annotations

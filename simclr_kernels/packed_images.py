@@ -109,8 +109,8 @@ class PackedImages:
     def device(self) -> torch.device:
         return self.buffer.device
 
-    def take(self, index: Tensor) -> PackedImages:
-        """The images of index (B,) int64 on the same device; the buffer is shared, not copied."""
+    def take(self, index: Tensor | slice) -> PackedImages:
+        """The images of a slice or of index (B,) int64 on the same device; the buffer is shared."""
         return PackedImages(self.buffer, self.offsets[index], self.sizes[index], checked=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
