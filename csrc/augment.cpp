@@ -16,8 +16,8 @@ namespace {
 
 // of the views; below, one thread is as fast
 constexpr std::int64_t SMALLEST_SHARED_PIXELS = 1 << 14;
-// offsets in a row of a crop are 32-bit numbers of bytes
-constexpr std::int64_t WIDEST = (1 << 29) - 1;
+// offsets in a row of a crop are 32-bit numbers of bytes, rows 32-bit numbers
+constexpr std::int64_t WIDEST = (1 << 29) - 1, HIGHEST = INT32_MAX;
 
 const ViewKernels& view_kernels() {
     static const ViewKernels* const all[] = {
@@ -93,6 +93,12 @@ void refuse_wide(std::int64_t width) {
                                     std::to_string(width));
 }
 
+void refuse_high(std::int64_t height) {
+    if (height > HIGHEST)
+        throw std::invalid_argument("images must be at most 2^31 - 1 pixels high, got " +
+                                    std::to_string(height));
+}
+
 void refuse_order(std::int64_t i, const std::int8_t* order) {
     unsigned seen = 0;
     std::string text;
@@ -141,7 +147,10 @@ void augment_views(const Images& images, const ParamArrays& params, const ViewFo
 
 void augment_two_views(const Images& images, const ViewRanges& ranges, DrawKey key,
                        const std::int64_t* index, const ViewFormat& format, int threads) {
-    for (std::int64_t i = 0; i < images.count; ++i) refuse_wide(image_at(images, i).width);
+    for (std::int64_t i = 0; i < images.count; ++i) {
+        refuse_wide(image_at(images, i).width);
+        refuse_high(image_at(images, i).height);
+    }
     make_views(images, 2 * images.count, format, threads,
                [&](std::int64_t k, const Image& image) {
                    const std::int64_t i = k % images.count;

@@ -38,7 +38,13 @@ import torch
 from torch import Tensor
 
 from simclr_kernels import reference, reference_study
-from simclr_kernels.augment import VIEW_DTYPES, check_crops, check_params, image_sizes
+from simclr_kernels.augment import (
+    VIEW_DTYPES,
+    check_crops,
+    check_images,
+    check_params,
+    image_sizes,
+)
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.params import AugmentParams, sample_params
@@ -68,6 +74,7 @@ class KorniaViews(FusedViews):
     """Two views of every image by kornia_augment. Arguments and errors are those of FusedViews."""
 
     def _views(self, pixels: Tensor | PackedImages, index: Tensor) -> Tensor:
+        check_images(pixels)
         sizes = image_sizes(pixels)
         views = []
         for view in (0, 1):
@@ -102,11 +109,11 @@ def kornia_augment(
     """
     if dtype not in VIEW_DTYPES:
         raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
-    sizes = image_sizes(images, floating=True)
+    check_images(images, floating=True)
     check_params(params, images)
     # which image an operation is for is decided on the host: one wait, not one per operation
     params = params.to("cpu")
-    check_crops(params.crop, sizes.cpu())
+    check_crops(params.crop, image_sizes(images).cpu())
     compute = torch.promote_types(dtype, torch.float32)
     if not len(images):
         return torch.empty(0, 3, config.size, config.size, dtype=dtype, device=images.device)
