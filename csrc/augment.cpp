@@ -16,8 +16,8 @@ namespace {
 
 // of the views; below, one thread is as fast
 constexpr std::int64_t SMALLEST_SHARED_PIXELS = 1 << 14;
-// offsets in a row of a crop are 32-bit numbers of bytes
-constexpr std::int64_t WIDEST = (1 << 29) - 1;
+// offsets in a row of a crop are 32-bit numbers of bytes, rows 32-bit numbers
+constexpr std::int64_t WIDEST = (1 << 29) - 1, HIGHEST = INT32_MAX;
 
 const ViewKernels& view_kernels() {
     static const ViewKernels* const all[] = {
@@ -101,6 +101,12 @@ void refuse_counters(const std::int64_t* index, std::int64_t count) {
                                     " .. " + std::to_string(*high));
 }
 
+void refuse_high(std::int64_t height) {
+    if (height > HIGHEST)
+        throw std::invalid_argument("images must be at most 2^31 - 1 pixels high, got " +
+                                    std::to_string(height));
+}
+
 void refuse_order(std::int64_t i, const std::int8_t* order) {
     unsigned seen = 0;
     std::string text;
@@ -151,11 +157,8 @@ void augment_two_views(const Images& images, const ViewRanges& ranges, DrawKey k
                        const std::int64_t* index, const ViewFormat& format, int threads) {
     refuse_counters(index, images.count);
     for (std::int64_t i = 0; i < images.count; ++i) {
-        const Image image = image_at(images, i);
-        refuse_wide(image.width);
-        if (image.height >> 31)
-            throw std::invalid_argument("images must be less than 2^31 pixels high, got " +
-                                        std::to_string(image.height));
+        refuse_wide(image_at(images, i).width);
+        refuse_high(image_at(images, i).height);
     }
     make_views(images, 2 * images.count, format, threads,
                [&](std::int64_t k, const Image& image) {

@@ -42,6 +42,7 @@ from simclr_kernels.augment import (
     GPU_PIECE_PIXELS,
     VIEW_DTYPES,
     check_crops,
+    check_images,
     check_params,
     image_sizes,
 )
@@ -77,6 +78,7 @@ class KorniaViews(FusedViews):
     """Two views of every image by kornia_augment. Arguments and errors are those of FusedViews."""
 
     def _views(self, pixels: Tensor | PackedImages, index: Tensor) -> Tensor:
+        check_images(pixels)
         B, size = len(index), self.config.size
         sizes = image_sizes(pixels)
         views = torch.empty(
@@ -122,11 +124,11 @@ def kornia_augment(
     """
     if dtype not in VIEW_DTYPES:
         raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
-    sizes = image_sizes(images, floating=True)
+    check_images(images, floating=True)
     check_params(params, images)
     # which image an operation is for is decided on the host: one wait, not one per operation
     params = params.to("cpu")
-    check_crops(params.crop, sizes.cpu())
+    check_crops(params.crop, image_sizes(images).cpu())
     compute = torch.promote_types(dtype, torch.float32)
     if not len(images):
         return torch.empty(0, 3, config.size, config.size, dtype=dtype, device=images.device)

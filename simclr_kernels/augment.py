@@ -48,11 +48,11 @@ def augment(
             for the device) a crop is empty or reaches outside its image.
         TypeError: images are not uint8, or dtype is not a floating dtype listed above.
     """
-    sizes = image_sizes(images)
+    check_images(images)
     views = _empty_views(len(images), config, dtype, images.device, memory_format)
     check_params(params, images)
     if params.crop.device.type == "cpu":
-        check_crops(params.crop, sizes)
+        check_crops(params.crop, image_sizes(images))
 
     _fill(views, images, params, config)
     return views
@@ -81,11 +81,11 @@ def two_views(
             f"images and index must be on one device, got {images.device} and {index.device}"
         )
     B = len(images)
+    check_counters(seed, epoch, index)
+    if len(index) != B:
+        raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
     if _in_cpp(views) and kernel_draws(config):
-        check_counters(seed, epoch, index)
-        if len(index) != B:
-            raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
         augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
         return views
     sizes = image_sizes(images)
@@ -105,6 +105,11 @@ def _empty_views(
     """(count, 3, size, size), not yet filled."""
     if dtype not in VIEW_DTYPES:
         raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
     shape = (count, 3, config.size, config.size)
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
@@ -185,7 +190,7 @@ def check_crops(crop: Tensor, sizes: Tensor) -> None:
 
 
 def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
-    """Refuses what are no images; they may be floating where that is said."""
+    """Refuses what are no images, which may be floating where that is said. See augment."""
     if isinstance(images, PackedImages):
         return
     if not isinstance(images, Tensor):
@@ -199,10 +204,9 @@ def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
         )
 
 
-def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
-    """(B, 2) integer, height and width of each image. See check_images."""
-    check_images(images, floating)
+def image_sizes(images: Tensor | PackedImages) -> Tensor:
+    """(B, 2) integer, height and width of each of checked images; nothing waits for a GPU."""
     if isinstance(images, PackedImages):
         return images.sizes
-    sizes = torch.tensor(images.shape[1:3], device=images.device)
-    return sizes.expand(len(images), 2)
+    sides = [torch.full((len(images),), side, device=images.device) for side in images.shape[1:3]]
+    return torch.stack(sides, 1)

@@ -83,7 +83,7 @@ class PackedImages:
                     f"images must be (height, width, 3), got {tuple(image.shape)} for image {i}"
                 )
         ends = torch.tensor([0] + [image.numel() for image in tensors]).cumsum(0)
-        flat = [image.reshape(-1) for image in tensors]
+        flat = [image.reshape(-1).cpu() for image in tensors]
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin_memory)
         if flat:
             torch.cat(flat, out=buffer)
