@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels of the loss without a GPU, and reports what their machine code costs.
+"""Compiles the GPU kernels without a GPU, and reports what their machine code costs.
 
     python -m benchmarks.codegen [--targets sm_80 sm_90] [--kernel fwd] [--sass DIR] [--json FILE]
 
@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.codegen_report import Kernel, disassembly, sources
 from benchmarks.pipes import GPUS, KINDS
+from benchmarks.view_calls import VIEW_CALLS, ViewCall, view_costs, view_summary
 from simclr_kernels import ntxent_products_triton, ntxent_rows_triton, ntxent_triton
 
 
@@ -56,13 +57,19 @@ class Call(NamedTuple):
             words.append("with negatives and metrics")
         return " ".join(words)
 
-    def launch(self) -> None:
+    def launch(self, target: str) -> None:
         z = torch.empty(self.rows, self.features, dtype=self.dtype)
         tau = torch.tensor(self.tau)
         negatives = z[: self.extras] if self.extras else None
         layout = (self.pairs, True, self.reduction, self.precision)
-        loss, _, *kept = ntxent_triton.forward(z, tau, negatives, *layout, self.extras > 0)
-        ntxent_triton.backward(loss, z, tau, negatives, *kept, *layout)
+        known = None if self.tau_on_device else tau.item()
+        with (
+            mock.patch.object(ntxent_rows_triton, "architecture_of", lambda device: target),
+            mock.patch.object(ntxent_products_triton, "_multiply"),
+            mock.patch.object(ntxent_triton, "_known", lambda tau: known),
+        ):
+            loss, _, *kept = ntxent_triton.forward(z, tau, negatives, *layout, self.extras > 0)
+            ntxent_triton.backward(loss, z, tau, negatives, *kept, *layout)
 
     def on_tensor_cores(self, target: str) -> bool:
         # an AMD GPU has matrix instructions for float32 too
@@ -74,7 +81,7 @@ FP16 = Call(torch.float16)
 TF32 = Call(torch.float32, "tf32")
 IEEE = Call(torch.float32)
 # every kernel for every tile table, on sm_90
-CALLS = {
+CALLS: dict[str, list[Call | ViewCall]] = {
     "sm_80": [BF16, TF32, IEEE],
     "sm_90": [
         *(BF16._replace(features=features) for features in (16, 64, 128, 256, 512)),
@@ -97,6 +104,8 @@ for _target in ("sm_80", "sm_100", "gfx942"):
     CALLS[_target] += [
         FP16._replace(features=512, tau_on_device=True, extras=4096, reduction="none")
     ]
+for _target, _calls in VIEW_CALLS.items():
+    CALLS[_target] += _calls
 
 # launched once for the rows and once for the negatives
 ON_NEGATIVES = ("_unit_rows_kernel", "_ntxent_weights_kernel")
@@ -108,7 +117,7 @@ class Launch(NamedTuple):
     """What a launch compiles: a kernel specialised for its arguments."""
 
     target: str
-    call: Call
+    call: Call | ViewCall
     kernel: JITFunction
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -136,7 +145,9 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def specialise(target: str, call: Call, kernel: JITFunction, args: tuple, given: dict) -> Launch:
+def specialise(
+    target: str, call: Call | ViewCall, kernel: JITFunction, args: tuple, given: dict
+) -> Launch:
     """What Triton compiles for these arguments: integers of 1 and None are constants, and so on."""
     backend = make_backend(gpu_target(target))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -151,23 +162,15 @@ def specialise(target: str, call: Call, kernel: JITFunction, args: tuple, given:
     return Launch(target, call, kernel, signature, constants, attributes, options)
 
 
-def launches(target: str, call: Call) -> list[Launch]:
+def launches(target: str, call: Call | ViewCall) -> list[Launch]:
     """What `call` launches, by running its launchers on CPU tensors without starting a kernel."""
     found = []
 
     def note(kernel, *args, grid, warmup, **given):
         found.append(specialise(target, call, kernel, args, given))
 
-    with (
-        mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(ntxent_rows_triton, "architecture_of", lambda device: target),
-        mock.patch.object(ntxent_products_triton, "_multiply"),
-    ):
-        if call.tau_on_device:
-            with mock.patch.object(ntxent_triton, "_known", lambda tau: None):
-                call.launch()
-        else:
-            call.launch()
+    with mock.patch.object(JITFunction, "run", note):
+        call.launch(target)
     return found
 
 
@@ -192,6 +195,9 @@ def examine(launch: Launch, sass: Path | None = None) -> dict[str, Any]:
         launch.target
     )
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    if isinstance(launch.call, ViewCall):
+        label["view"] = view_costs(kernel, label["kernel"], launch.call)
+        label["size"] = launch.call.size
     return label | kernel.describe(metadata.shared, tensor_memory, metadata.num_warps)
 
 
@@ -358,6 +364,7 @@ def main() -> None:
     records = report(given.targets, given.kernel, given.sass, given.processes)
     print("\n\n".join(map(describe, records)))
     print("\n" + summary(records))
+    print("\n" + view_summary(records))
     for rule in (rule for record in records for rule in broken_rules(record)):
         print(rule)
     if given.json:

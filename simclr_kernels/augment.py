@@ -10,7 +10,13 @@ from torch import Tensor
 from simclr_kernels import augment_cpu, reference
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages, refuse_where
-from simclr_kernels.params import AugmentParams, check_counters, kernel_draws, sample_params
+from simclr_kernels.params import (
+    AugmentParams,
+    check_counters,
+    kernel_draws,
+    sample_params,
+    triton_views,
+)
 
 # pixels, of sources or of views, in one piece of a batch: the fastest of 2^15 .. 2^18 on a CPU;
 # elsewhere about 1 GiB of temporaries, since a piece costs hundreds of launches and some waits
@@ -63,7 +69,7 @@ def two_views(
     config: AugmentConfig,
     *,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     index: Tensor,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -85,8 +91,11 @@ def two_views(
     if len(index) != B:
         raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
+    if _in_triton(views) and not config.has_study_operations:
+        triton_views().fill_two_views(views, images, config, seed, epoch, index)
+        return views
     if _in_cpp(views) and kernel_draws(config):
-        augment_cpu.fill_two_views(views, images, config, seed, epoch, index)
+        augment_cpu.fill_two_views(views, images, config, seed, int(epoch), index)
         return views
     sizes = image_sizes(images)
     for view, out in enumerate(views.split(B) if B else ()):
@@ -118,12 +127,18 @@ def _in_cpp(views: Tensor) -> bool:
     return views.is_cpu and views.dtype in augment_cpu.DTYPES
 
 
+def _in_triton(views: Tensor) -> bool:
+    return views.is_cuda and views.dtype != torch.float64
+
+
 def _fill(
     views: Tensor, images: Tensor | PackedImages, params: AugmentParams, config: AugmentConfig
 ) -> None:
     """Writes one view of each image into views (B, 3, size, size)."""
     if _in_cpp(views) and params.study is None:
         augment_cpu.fill_views(views, images, params, config)
+    elif _in_triton(views) and params.study is None:
+        triton_views().fill_views(views, images, params, config)
     else:
         _fill_by_reference(views, images, params, config)
 

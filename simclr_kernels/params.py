@@ -172,7 +172,13 @@ def _own_tensors():
 
 
 def sample_params(
-    config: AugmentConfig, sizes: Tensor, *, seed: int, epoch: int, index: Tensor, view: int
+    config: AugmentConfig,
+    sizes: Tensor,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    index: Tensor,
+    view: int,
 ) -> AugmentParams:
     """Draws one view of B images; see the module for which random word is which value.
 
@@ -180,7 +186,8 @@ def sample_params(
         config: the recipe.
         sizes: (B, 2) int32 or int64, height and width of each image in pixels, at least 1.
         seed: of the run, 0 <= seed < 2^64.
-        epoch: 0 <= epoch < 2^32.
+        epoch: 0 <= epoch < 2^32; or one int64 on the device of index, of any shape and not
+            checked there, which a captured graph can advance.
         index: (B,) int64, number of each image in its data set, 0 <= index < 2^32. The ranges of
             sizes and index are checked on the CPU only: on a GPU it would wait for the device.
         view: >= 0; 0 and 1 for the two views of SimCLR.
@@ -203,15 +210,29 @@ def sample_params(
     _check_range("index", index, 0, 32)
     _check_range("sizes", sizes, 1, 31)
 
+    if index.is_cuda and kernel_draws(config):
+        sizes = sizes.to(index.device)
+        return triton_views().sample_params(config, sizes, seed, epoch, index, view)
     sizes = sizes.to(index.device, torch.int64)
     if index.is_cpu and kernel_draws(config):
-        return _sample_in_cpp(config, sizes, seed, epoch, index, view)
+        return _sample_in_cpp(config, sizes, seed, int(epoch), index, view)
     return sample_params_in_torch(config, sizes, seed, epoch, index, view)
 
 
-def check_counters(seed: int, epoch: int, index: Tensor, view: int = 0) -> None:
+def check_counters(seed: int, epoch: int | Tensor, index: Tensor, view: int = 0) -> None:
     """Refuses what is not a counter of a random number; entries of index are not read."""
+    if isinstance(epoch, Tensor):
+        if epoch.dtype != torch.int64:
+            raise TypeError(f"an epoch that is a tensor must be int64, got {epoch.dtype}")
+        if epoch.numel() != 1 or epoch.device != index.device:
+            raise ValueError(
+                f"an epoch that is a tensor must be one number on {index.device}, "
+                f"got shape {tuple(epoch.shape)} on {epoch.device}"
+            )
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("view", view, 32)):
+        # to compare a number on a GPU would wait for it
+        if isinstance(value, Tensor) and not value.is_cpu:
+            continue
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be in [0, 2^{bits}), got {value}")
     if index.dtype != torch.int64:
@@ -222,9 +243,24 @@ def check_counters(seed: int, epoch: int, index: Tensor, view: int = 0) -> None:
 
 def _check_range(name: str, values: Tensor, first: int, bits: int) -> None:
     if values.is_cpu and values.numel():
-        low, high = values.aminmax()
+        # as Python's numbers: 2^31 wraps round in int32
+        low, high = (value.item() for value in values.aminmax())
         if low < first or high >= 1 << bits:
             raise ValueError(f"{name} must be in [{first}, 2^{bits}), got {low} .. {high}")
+
+
+def triton_views():
+    """The module augment_triton, which needs triton."""
+    try:
+        from simclr_kernels import augment_triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            "views on a GPU need triton, which comes with torch for CUDA and ROCm: "
+            "pip install triton"
+        ) from error
+    return augment_triton
 
 
 def kernel_draws(config: AugmentConfig) -> bool:
@@ -294,7 +330,7 @@ def _sample_in_cpp(
 
 
 def sample_params_in_torch(
-    config: AugmentConfig, sizes: Tensor, seed: int, epoch: int, index: Tensor, view: int
+    config: AugmentConfig, sizes: Tensor, seed: int, epoch: int | Tensor, index: Tensor, view: int
 ) -> AugmentParams:
     """The definition of the draws, on any device. See sample_params, which checks.
 
@@ -304,7 +340,7 @@ def sample_params_in_torch(
     def draw(numbers: Tensor, rows: Tensor) -> Tensor:
         """(len(rows), len(numbers), 4) words of those draws for those index entries."""
         counter = torch.empty(len(rows), len(numbers), 4, dtype=torch.int64, device=rows.device)
-        counter[..., 0] = epoch
+        counter[..., 0] = epoch.reshape(()) if isinstance(epoch, Tensor) else epoch
         counter[..., 1] = rows[:, None]
         counter[..., 2] = view
         counter[..., 3] = numbers

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.params import AugmentParams
 
 
@@ -19,3 +20,26 @@ def params_of(B, **values):
     """Neutral AugmentParams of B images of one pixel, with some values replaced."""
     neutral = AugmentParams.identity(torch.ones(B, 2, dtype=torch.int64))
     return AugmentParams(**{**vars(neutral), **values})
+
+
+def whole_view(arrays, group, size, k):
+    """(images, params, config, expected) of view k of a group of full_view.npz."""
+    expected = arrays[f"{group}_out"] if f"{group}_out" in arrays else arrays[f"{group}_out_q16"]
+    mode = {2: "multiply", 1: "add"}[int(arrays[f"{group}_brightness_impl"][k])]
+    values = {
+        "crop": torch.from_numpy(arrays[f"{group}_box"][k : k + 1]),
+        "flip": torch.from_numpy(arrays[f"{group}_flip"][k : k + 1]),
+        "grayscale": torch.from_numpy(arrays[f"{group}_gray"][k : k + 1]),
+        "brightness": torch.full((1,), 1.0 if mode == "multiply" else 0.0),
+    }
+    if arrays[f"{group}_jitter"][k]:
+        names = ("brightness", "contrast", "saturation", "hue_turns")
+        factors = torch.from_numpy(arrays[f"{group}_factors"][k])
+        values |= {name: factor.view(1) for name, factor in zip(names, factors, strict=True)}
+        order = arrays[f"{group}_order"][k : k + 1].astype(np.int8)
+        values["order"] = torch.from_numpy(order)
+    if arrays[f"{group}_blur"][k]:
+        values["sigma_px"] = torch.from_numpy(arrays[f"{group}_sigma"][k : k + 1])
+    images = torch.from_numpy(arrays[f"src_{arrays[f'{group}_src'][k]:02}"])[None]
+    config = AugmentConfig(size=size, brightness_mode=mode)
+    return images, params_of(1, **values), config, expected[k]

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 import simclr_kernels
 from benchmarks import codegen, machine_code
 from benchmarks.pipes import GPUS, clocks, kind_and_unit, occupancy, product, work_of
+from benchmarks.view_calls import VIEW_CALLS, view_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,11 +156,11 @@ def records(tmp_path_factory):
     return json.loads(file.read_text())
 
 
-def test_the_report_covers_every_kernel_of_the_loss_and_every_call(records):
+def test_the_report_covers_every_kernel_and_every_call(records):
     modules = [
         pkgutil.resolve_name(f"simclr_kernels.{module.name}")
         for module in pkgutil.iter_modules(simclr_kernels.__path__)
-        if module.name.startswith("ntxent") and module.name.endswith("_triton")
+        if module.name.endswith("_triton")
     ]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     for target, calls in codegen.CALLS.items():
@@ -182,3 +183,31 @@ def test_a_similarity_takes_no_more_instructions_than_recorded(records):
     known = json.loads(codegen.RECORD.read_text())
     assert [line for record in records for line in codegen.grown(record, known)] == []
     assert known["costs"].keys() == set(map(codegen.key, records))
+
+
+def test_what_a_view_costs_is_estimated_from_all_its_passes(records):
+    (sums,) = [
+        {r["kernel"]: r["view"] for r in records if r["target"] == "sm_90" and r["call"] == name}
+        for name in [str(VIEW_CALLS["sm_90"][0])]
+    ]
+    assert {name for name, cost in sums.items() if cost} == {
+        "_crop_kernel",
+        "_color_kernel",
+        "_blur_kernel",
+    }
+    pixels = 224 * 224
+    crop = sums["_crop_kernel"]["instructions"]
+    # 16 words a pixel, one store of 8 bytes a channel and four pixels; 48 products and more
+    assert 16 <= 32 * crop["global"] / pixels <= 19
+    assert 50 <= 32 * crop["fp32"] / pixels <= 200
+    assert "estimate from machine code, nothing measured" in view_summary(records)
+
+
+def test_the_sampler_multiplies_and_adds_in_two_roundings():
+    """Its kernels would not have the bits of params.py with fused operations."""
+    (launch,) = [
+        launch
+        for launch in codegen.launches("sm_90", VIEW_CALLS["sm_90"][0])
+        if launch.kernel.__name__ == "_sample_kernel"
+    ]
+    assert launch.options["enable_fp_fusion"] is False

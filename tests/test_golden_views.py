@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from golden_arrays import largest_difference, params_of
+from golden_arrays import largest_difference, params_of, whole_view
 
 from simclr_kernels import _C, augment_cpu, reference
 from simclr_kernels.augment_config import AugmentConfig
@@ -41,30 +41,9 @@ def backend(request):
 )
 def test_whole_views_are_those_of_the_original(golden, backend, group, size, tolerance):
     arrays = golden("full_view")
-    expected = arrays[f"{group}_out"] if f"{group}_out" in arrays else arrays[f"{group}_out_q16"]
-    modes = {2: "multiply", 1: "add"}
-    for k, source in enumerate(arrays[f"{group}_src"]):
-        mode = modes[int(arrays[f"{group}_brightness_impl"][k])]
-        values = {
-            "crop": torch.from_numpy(arrays[f"{group}_box"][k : k + 1]),
-            "flip": torch.from_numpy(arrays[f"{group}_flip"][k : k + 1]),
-            "grayscale": torch.from_numpy(arrays[f"{group}_gray"][k : k + 1]),
-            "brightness": torch.full((1,), 1.0 if mode == "multiply" else 0.0),
-        }
-        if arrays[f"{group}_jitter"][k]:
-            names = ("brightness", "contrast", "saturation", "hue_turns")
-            factors = torch.from_numpy(arrays[f"{group}_factors"][k])
-            values |= {name: factor.view(1) for name, factor in zip(names, factors, strict=True)}
-            order = arrays[f"{group}_order"][k : k + 1].astype(np.int8)
-            values["order"] = torch.from_numpy(order)
-        if arrays[f"{group}_blur"][k]:
-            values["sigma_px"] = torch.from_numpy(arrays[f"{group}_sigma"][k : k + 1])
-        view = backend(
-            torch.from_numpy(arrays[f"src_{source:02}"])[None],
-            params_of(1, **values),
-            AugmentConfig(size=size, brightness_mode=mode),
-        )
-        assert largest_difference(view[0], expected[k]) < tolerance, k
+    for k in range(len(arrays[f"{group}_src"])):
+        images, params, config, expected = whole_view(arrays, group, size, k)
+        assert largest_difference(backend(images, params, config)[0], expected) < tolerance, k
 
 
 @pytest.mark.parametrize("group, size", [("s96", 96), ("s48", 48), ("s32", 32)])
