@@ -16,6 +16,8 @@ namespace {
 
 // of the views; below, one thread is as fast
 constexpr std::int64_t SMALLEST_SHARED_PIXELS = 1 << 14;
+// bytes of the views from which on new memory is worth a call of the system
+constexpr std::int64_t LARGE_RESULT = 1 << 23;
 // offsets in a row of a crop are 32-bit numbers of bytes, rows 32-bit numbers
 constexpr std::int64_t WIDEST = (1 << 29) - 1, HIGHEST = INT32_MAX;
 
@@ -54,6 +56,7 @@ void make_views(const Images& images, std::int64_t views, const ViewFormat& form
     const std::int64_t grain = std::max<std::int64_t>(1, SMALLEST_SHARED_PIXELS / pixels);
     const std::int64_t shares = (views + grain - 1) / grain;
     threads = int(std::min<std::int64_t>(usable_threads(threads, shares > 1), shares));
+    if (views * view_bytes >= LARGE_RESULT) ask_for_large_pages(format.views, views * view_bytes);
     std::atomic<bool> out_of_memory{false};
     std::atomic<std::int64_t> next{0};
     in_parallel(std::max(threads, 1), [&](int) {
