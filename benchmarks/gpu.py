@@ -1,9 +1,10 @@
-"""`python -m benchmarks.gpu`: verify the loss on this GPU, then measure it and its peers.
+"""`python -m benchmarks.gpu`: verify loss and views on this GPU, then measure them and their peers.
 
 Under 8 minutes, in three parts with a budget each: every path against float64 (`gpu_checks.py`),
-time and memory against 2N beside the peers that are installed, and the tiles around the shipped
-ones (`gpu_tiles.py`). Prints which of the goals are met and writes `<device>-<date>.json`, and a
-figure of that name, into benchmarks/results. Exit code 1 if a check failed or there is no GPU.
+time and memory of the loss against 2N, and the rate of views, beside the peers that are installed,
+and the tiles around the shipped ones (`gpu_tiles.py`, `gpu_views.py`). Prints which of the goals
+are met and writes `<device>-<date>.json`, and a figure of that name, into benchmarks/results. Exit
+code 1 if a check failed or there is no GPU.
 `--dry-run` goes the same way on a CPU with tiny sizes, to try the program itself.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_tiles
+from benchmarks import gpu_tiles, gpu_views
 from benchmarks.contenders import (
     TAU,
     WHAT,
@@ -35,6 +36,7 @@ from benchmarks.gpu_checks import checks, part_of
 from benchmarks.gpu_goals import goals, roofline_seconds
 from benchmarks.measure import machine, peak_memory, race, timed
 from benchmarks.plot_ntxent import save_plot, table
+from benchmarks.view_contenders import ViewSize
 from simclr_kernels.ntxent import fused_nt_xent
 from simclr_kernels.ntxent_tile_table import TABLES, architecture_of
 
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     rows: tuple[int, ...]
     features: tuple[int, ...]
     names: tuple[str, ...]
+    views: tuple[ViewSize, ...]
     workers: int
 
     def sizes(self) -> list[tuple[Size, str, tuple[str, ...]]]:
@@ -83,6 +86,7 @@ GPU_PLAN = Plan(
     rows=(512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
     features=(64, 128, 256, 512, 1024, 2048),
     names=(*FEW, "compile", *PEERS_AT_ONCE),
+    views=gpu_views.GPU_SIZES,
     workers=12,
 )
 DRY_PLAN = Plan(
@@ -94,6 +98,7 @@ DRY_PLAN = Plan(
     rows=(32, 64, 96, 128),
     features=(16, 128),
     names=(*FEW, *PEERS_AT_ONCE),
+    views=gpu_views.DRY_SIZES,
     workers=1,
 )
 
@@ -225,11 +230,16 @@ def run(plan: Plan, out: Path, seconds: float) -> int:
     say(f"1. every path against float64, {0.4 * seconds:.0f} s at most")
     checked = keep("checks", verify(plan, 0.4 * seconds))
     say("2. time and memory")
-    records = keep("measurements", measure(plan, start + 0.75 * seconds))
-    met = keep("goals", goals(plan, records))
+    records = keep("measurements", measure(plan, start + 0.65 * seconds))
+    deadline = start + 0.75 * seconds
+    views = keep("views", gpu_views.measure_views(plan.views, plan.device, deadline, say))
+    met = keep("goals", goals(plan, records) + gpu_views.view_goals(views))
     save_plot(records, path.with_suffix(".png"), about["device"])
     say("3. tiles")
-    keep("tiles", choose_tiles(plan, start + 0.95 * seconds))
+    keep("tiles", choose_tiles(plan, start + 0.85 * seconds))
+    # on a CPU no view takes these tiles
+    sizes, deadline = plan.views if plan.device == "cuda" else (), start + 0.95 * seconds
+    keep("view_tiles", gpu_views.search_view_tiles(sizes, plan.device, deadline, say))
     say("\n" + table(records) + "\n")
     for goal in met:
         say(f"{goal['state']:>12}  {goal['goal']}: {goal['measured']}")

@@ -1,6 +1,7 @@
-"""Every path of the loss on this device, before anything is timed: `checks`.
+"""Every path of the loss and of the views on this device, before anything is timed: `checks`.
 
-The answers are those of `loss_checks.py`, and the rest of `device_checks.py`.
+The answers of the loss are those of `loss_checks.py`, the rest of `device_checks.py`; the views'
+are in `view_checks.py`.
 `python -m benchmarks.gpu_checks --part K N` runs the K-th of N parts, from 0, and prints a JSON
 line for each check; `benchmarks/gpu.py` runs the parts side by side, since most of the time goes
 into compiling kernels.
@@ -43,6 +44,7 @@ from benchmarks.loss_checks import (
     check_upstream_of_any_size,
     check_zero_and_tiny_rows,
 )
+from benchmarks.view_checks import view_checks
 
 KINDS = ("random", "pairs", "tight", "duplicates", "collapsed")
 
@@ -159,6 +161,7 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for tensor in (False, True):
         check = partial(check_compiles_whole, device, backend, tensor)
         yield f"torch.compile, {_tau(0.1, tensor)}", check
+    yield from view_checks(device)
     if gpu:
         yield "tau = 0 on the device", partial(check_tau_not_positive, device, 0.0)
         yield "tau < 0 on the device", partial(check_tau_not_positive, device, -0.1)

@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu`, on a CPU: the same way through the program, at tiny sizes."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -18,11 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from benchmarks import device_checks, gpu, gpu_checks, gpu_tiles, loss_checks
+from benchmarks import (
+    device_checks,
+    gpu,
+    gpu_checks,
+    gpu_tiles,
+    gpu_views,
+    loss_checks,
+    view_checks,
+)
 from benchmarks.gpu_goals import goals, roofline_seconds
 from simclr_kernels import ntxent_triton
+from simclr_kernels.augment import augment, two_views
 from simclr_kernels.ntxent import fused_nt_xent
 from simclr_kernels.ntxent_tile_table import ANY, TABLES, WHOLE, Table, Tiles
+from simclr_kernels.params import sample_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +69,11 @@ def test_a_dry_run_verifies_measures_and_writes_its_results(tmp_path):
         assert ("ours", rows, gpu.BOTH) in timed and ("eager", rows, gpu.BOTH) in timed
     assert ("ours", gpu.DRY_PLAN.huge, gpu.BOTH) in timed
     assert {goal["state"] for goal in results["goals"]} <= {"met", "NOT MET", "not measured"}
-    assert len(results["goals"]) == 7
+    assert len(results["goals"]) == 9
+    assert [(r["name"], r["side"]) for r in results["views"] if "seconds" in r] == [
+        ("ours", 32),
+        ("reference", 32),
+    ]
     assert Image.open(path.with_suffix(".png")).size == (1600, 800)
     # no machine in a file that is published but its device
     assert str(ROOT) not in path.read_text()
@@ -137,6 +152,73 @@ def test_the_roofline_is_the_slower_of_products_and_exponentials():
     assert roofline_seconds("NVIDIA H200", both) == pytest.approx(1.667e-3, rel=1e-3)
     assert roofline_seconds("NVIDIA H200", both | {"flops": 2 * 989e12}) == 2.0
     assert roofline_seconds("a new one", both) is None
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: view_checks.check_preset("cpu", "simclr", 8, torch.float32, False),
+        lambda: view_checks.check_preset("cpu", "byol", 8, torch.bfloat16, True),
+        lambda: view_checks.check_orders("cpu", 8),
+        lambda: view_checks.check_blurs("cpu", 24),
+        lambda: view_checks.check_params("cpu", "simclr", 20),
+        lambda: view_checks.check_bits("cpu", 8, 1),
+    ],
+)
+def test_a_check_fails_where_views_are_wrong(check, monkeypatch):
+    assert gpu_checks.run_check(check) is None
+    calls = itertools.count()
+
+    def a_little_brighter(*arguments, **options):
+        views = augment(*arguments, **options)
+        return views + torch.finfo(views.dtype).eps * 200
+
+    def other_seed(*arguments, seed, **options):
+        return two_views(*arguments, seed=next(calls), **options)
+
+    def other_view(*arguments, view, **options):
+        return sample_params(*arguments, view=1 - view, **options)
+
+    monkeypatch.setattr(view_checks, "augment", a_little_brighter)
+    monkeypatch.setattr(view_checks, "two_views", other_seed)
+    monkeypatch.setattr(view_checks, "sample_params", other_view)
+    assert gpu_checks.run_check(check).startswith("AssertionError")
+
+
+def test_goals_of_views_are_those_of_the_best_batch():
+    def record(side, batch, rate):
+        return {"name": "ours", "side": side, "batch": batch, "images_per_second": rate}
+
+    few = [record(224, 256, 150_000.0), record(224, 1024, 200_000.0)]
+    few.append({"name": "ours", "side": 32, "batch": 512, "missing": "out of memory"})
+    assert [g["state"] for g in gpu_views.view_goals(few)] == ["met", "not measured"]
+    few.append(record(32, 4096, 999_999.0))
+    assert [g["state"] for g in gpu_views.view_goals(few)] == ["met", "NOT MET"]
+
+
+def test_the_tile_search_of_views_keeps_what_is_faster_and_right():
+    before, said = list(gpu_views.TILES), []
+
+    def seconds_of(side, batch, device):
+        tiles = next(tiles for tiles in gpu_views.TILES if side <= tiles.size)
+        assert tiles.ROWS > 8, "too small"
+        return (2.0 if tiles.blur_block > 512 else 1.0) / tiles.STRIP
+
+    def check(side, batch, device):
+        tiles = next(tiles for tiles in gpu_views.TILES if side <= tiles.size)
+        assert tiles.STRIP < 128, "wrong"
+
+    deadline = time.monotonic() + 60
+    arguments = (gpu_views.GPU_SIZES, "cpu", deadline, said.append, seconds_of, check)
+    large, small = gpu_views.search_view_tiles(*arguments)
+    assert gpu_views.TILES == before
+    assert (large["batch"], small["batch"]) == (1024, 4096)
+    assert large["best"] == before[-1]._replace(blur_block=512)._asdict()
+    failures = " ".join(trial.get("failure", "") for trial in large["trials"])
+    assert "wrong" in failures and "too small" in failures
+    assert {trial["tiles"]["STRIP"] for trial in small["trials"]} == {32}
+    assert len(said) == 2
+    assert gpu_views.search_view_tiles(gpu_views.GPU_SIZES, "cpu", 0.0, said.append) == []
 
 
 NARROW, WIDE = Tiles(64, 64, WHOLE, 8, 2), Tiles(64, 64, 64, 8, 2)
