@@ -195,6 +195,7 @@ def examine(launch: Launch, sass: Path | None = None) -> dict[str, Any]:
         launch.target
     )
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    label["fp_fusion"] = launch.options["enable_fp_fusion"]
     if isinstance(launch.call, ViewCall):
         label["view"] = view_costs(kernel, label["kernel"], launch.call)
         label["size"] = launch.call.size

@@ -73,7 +73,6 @@ VIEW_CALLS = {
         SMALL._replace(channels_last=True, packed=True),
         ViewCall("simclr_v1", 32, torch.float32),
         ViewCall("simclr", 16),
-        ViewCall("simclr", 96),
     ],
     "sm_100": [LARGE._replace(channels_last=True), SMALL],
     "gfx942": [LARGE._replace(channels_last=True), SMALL],

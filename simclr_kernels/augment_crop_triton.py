@@ -219,6 +219,8 @@ def _crop_kernel(
         b = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(4):
             source_y = crop_y + tl.minimum(tl.maximum(first + i, 0), height - 1)
+            # nobody checked the crop: to do so would wait for the device
+            source_y = tl.minimum(tl.maximum(source_y, 0), H - 1)
             offs = (source_y * (3 * W))[:, None] + column_offs[None, :]
             if W >= 4:
                 w0, w1, w2 = _words(word_ptr, offs)

@@ -153,6 +153,19 @@ def test_narrow_crops_read_nothing_from_outside_of_them():
     assert_close_to_the_reference(images, params, AugmentConfig(size=16))
 
 
+def test_a_crop_outside_of_its_image_reads_only_the_image():
+    config, params = AugmentConfig(size=8), AugmentParams.identity(torch.tensor([[400, 900]]))
+    inside = images_of((6, 5))
+    values = []
+    for around in (0, 255):
+        pad = inside.buffer.new_full((4000,), around)
+        buffer = torch.cat([pad, inside.buffer, pad])
+        moved = PackedImages(buffer, inside.offsets + 4000, inside.sizes)
+        values.append(by_kernels(moved, params, config))
+    # where no pixel has a weight the view is NaN
+    assert torch.allclose(*values, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_a_large_source_and_a_large_view(one_tile):
     images = images_of((4000, 5000))
     params = params_of(images, AugmentConfig.simclr(64))
