@@ -16,8 +16,10 @@ namespace {
 
 // of the views; below, one thread is as fast
 constexpr std::int64_t SMALLEST_SHARED_PIXELS = 1 << 14;
-// offsets in a row of a crop are 32-bit numbers of bytes
-constexpr std::int64_t WIDEST = (1 << 29) - 1;
+// bytes of the views from which on new memory is worth a call of the system
+constexpr std::int64_t LARGE_RESULT = 1 << 23;
+// offsets in a row of a crop are 32-bit numbers of bytes, rows 32-bit numbers
+constexpr std::int64_t WIDEST = (1 << 29) - 1, HIGHEST = INT32_MAX;
 
 const ViewKernels& view_kernels() {
     static const ViewKernels* const all[] = {
@@ -54,6 +56,7 @@ void make_views(const Images& images, std::int64_t views, const ViewFormat& form
     const std::int64_t grain = std::max<std::int64_t>(1, SMALLEST_SHARED_PIXELS / pixels);
     const std::int64_t shares = (views + grain - 1) / grain;
     threads = int(std::min<std::int64_t>(usable_threads(threads, shares > 1), shares));
+    if (views * view_bytes >= LARGE_RESULT) ask_for_large_pages(format.views, views * view_bytes);
     std::atomic<bool> out_of_memory{false};
     std::atomic<std::int64_t> next{0};
     in_parallel(std::max(threads, 1), [&](int) {
@@ -91,6 +94,20 @@ void refuse_wide(std::int64_t width) {
     if (width > WIDEST)
         throw std::invalid_argument("images must be at most 2^29 - 1 pixels wide, got " +
                                     std::to_string(width));
+}
+
+void refuse_counters(const std::int64_t* index, std::int64_t count) {
+    if (count == 0) return;
+    const auto [low, high] = std::minmax_element(index, index + count);
+    if (*low < 0 || *high > 0xFFFFFFFF)
+        throw std::invalid_argument("index must be in [0, 2^32), got " + std::to_string(*low) +
+                                    " .. " + std::to_string(*high));
+}
+
+void refuse_high(std::int64_t height) {
+    if (height > HIGHEST)
+        throw std::invalid_argument("images must be at most 2^31 - 1 pixels high, got " +
+                                    std::to_string(height));
 }
 
 void refuse_order(std::int64_t i, const std::int8_t* order) {
@@ -141,7 +158,11 @@ void augment_views(const Images& images, const ParamArrays& params, const ViewFo
 
 void augment_two_views(const Images& images, const ViewRanges& ranges, DrawKey key,
                        const std::int64_t* index, const ViewFormat& format, int threads) {
-    for (std::int64_t i = 0; i < images.count; ++i) refuse_wide(image_at(images, i).width);
+    refuse_counters(index, images.count);
+    for (std::int64_t i = 0; i < images.count; ++i) {
+        refuse_wide(image_at(images, i).width);
+        refuse_high(image_at(images, i).height);
+    }
     make_views(images, 2 * images.count, format, threads,
                [&](std::int64_t k, const Image& image) {
                    const std::int64_t i = k % images.count;

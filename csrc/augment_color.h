@@ -15,16 +15,37 @@ struct Pixels {
     }
 };
 
-// A pass over a row, which may end where it began. Red goes to plane `first`, and so on round.
-template <bool CLIP, class Change>
-SIMD_INLINE void map_row(const Row& from, const Row& to, std::int64_t width, const Change& change,
+// Where a pass over a row begins: from(i) are the pixels from number i on.
+struct FromRow {
+    const float *r, *g, *b;
+
+    explicit FromRow(const Row& row) : r(row.at), g(r + row.plane), b(g + row.plane) {}
+
+    SIMD_INLINE Pixels operator()(std::int64_t i) const {
+        return {load(r + i), load(g + i), load(b + i)};
+    }
+};
+
+// Row y of the resized crop, clipped if so.
+struct FromCrop {
+    const ResizedRows::Blend blend;
+    const bool clipped;
+
+    SIMD_INLINE Pixels operator()(std::int64_t i) const {
+        const Pixels p{blend(0, i), blend(1, i), blend(2, i)};
+        return clipped ? p.each(clip) : p;
+    }
+};
+
+// A pass, which may end where it began. Red goes to plane `first`, and so on round.
+template <bool CLIP, class From, class Change>
+SIMD_INLINE void map_row(const From& from, const Row& to, std::int64_t width, const Change& change,
                          int first) {
-    const float *r = from.at, *g = r + from.plane, *b = g + from.plane;
     float* const to_r = to.at + first % 3 * to.plane;
     float* const to_g = to.at + (first + 1) % 3 * to.plane;
     float* const to_b = to.at + (first + 2) % 3 * to.plane;
     for (std::int64_t i = 0; i < width; i += FLOATS) {
-        Pixels p = change(Pixels{load(r + i), load(g + i), load(b + i)});
+        Pixels p = change(from(i));
         if (CLIP) p = p.each(clip);
         store(to_r + i, p.r);
         store(to_g + i, p.g);
@@ -32,8 +53,8 @@ SIMD_INLINE void map_row(const Row& from, const Row& to, std::int64_t width, con
     }
 }
 
-template <class Change>
-SIMD_INLINE void map_row(bool clipped, const Row& from, const Row& to, std::int64_t width,
+template <class From, class Change>
+SIMD_INLINE void map_row(bool clipped, const From& from, const Row& to, std::int64_t width,
                          const Change& change, int first = 0) {
     if (clipped)
         map_row<true>(from, to, width, change, first);
@@ -104,7 +125,8 @@ struct Steps {
 };
 
 // Every operation but contrast.
-SIMD_INLINE void apply(const Step& step, bool add_brightness, const Row& from, const Row& to,
+template <class From>
+SIMD_INLINE void apply(const Step& step, bool add_brightness, const From& from, const Row& to,
                        std::int64_t width) {
     const float v = step.value;
     if (step.code == 0) {
@@ -130,16 +152,23 @@ SIMD_INLINE void apply(const Step& step, bool add_brightness, const Row& from, c
     }
 }
 
-SIMD_INLINE void add_contrast(const Step& step, const float (&mean)[3], const Row& from,
-                              const Row& to, std::int64_t width) {
-    const float f = step.value;
-    const Vec rest[3] = {splat(mean[0] - f * mean[0]), splat(mean[1] - f * mean[1]),
-                         splat(mean[2] - f * mean[2])};
-    const Vec factor = splat(f);
-    map_row(step.clip, from, to, width, [&](const Pixels& p) -> Pixels {
-        return {p.r * factor + rest[0], p.g * factor + rest[1], p.b * factor + rest[2]};
-    });
-}
+// Contrast of the pixels of a row, clipped.
+struct FromContrast {
+    const FromRow from;
+    const Vec factor, r, g, b;
+
+    FromContrast(const Row& row, float f, const float (&mean)[3])
+        : from(row),
+          factor(splat(f)),
+          r(splat(mean[0] - f * mean[0])),
+          g(splat(mean[1] - f * mean[1])),
+          b(splat(mean[2] - f * mean[2])) {}
+
+    SIMD_INLINE Pixels operator()(std::int64_t i) const {
+        const Pixels p = from(i);
+        return Pixels{p.r * factor + r, p.g * factor + g, p.b * factor + b}.each(clip);
+    }
+};
 
 // Adds the `size` pixels of a row to the sums of its channels.
 SIMD_INLINE void add_sums(const Row& row, std::int64_t size, double (&sums)[3]) {

@@ -154,34 +154,32 @@ class ResizedRows {
         resize_table(crop.height, size, false, first, weights, stride);
     }
 
-    // Row y of the view, `width` columns, a whole number of vectors.
-    void next(std::int64_t y, const Row& out, std::int64_t width, bool clipped) {
-        const float* from[4];
-        float weight[4];
+    // The four rows and weights behind a row of the view.
+    struct Blend {
+        const float* rows[4];
+        Vec weights[4];
+        std::int64_t stride;
+
+        SIMD_INLINE Vec operator()(int channel, std::int64_t i) const {
+            const std::int64_t at = channel * stride + i;
+            return (weights[0] * load(rows[0] + at) + weights[1] * load(rows[1] + at)) +
+                   (weights[2] * load(rows[2] + at) + weights[3] * load(rows[3] + at));
+        }
+    };
+
+    // Row y, good until another is asked for.
+    Blend row(std::int64_t y) {
+        Blend blend{};
+        blend.stride = stride;
         for (int k = 0; k < 4; ++k) {
-            const std::int64_t row = std::min<std::int64_t>(first[y] + k, crop.height - 1);
-            weight[k] = weights[k * stride + y];
-            float* resized = rows + (row & 3) * 3 * stride;
-            if (held[row & 3] != row) columns.resize(crop, row, resized);
-            held[row & 3] = row;
-            from[k] = resized;
+            const std::int64_t source = std::min<std::int64_t>(first[y] + k, crop.height - 1);
+            float* resized = rows + (source & 3) * 3 * stride;
+            if (held[source & 3] != source) columns.resize(crop, source, resized);
+            held[source & 3] = source;
+            blend.rows[k] = resized;
+            blend.weights[k] = splat(weights[k * stride + y]);
         }
-        const Vec w[4] = {splat(weight[0]), splat(weight[1]), splat(weight[2]), splat(weight[3])};
-        for (int channel = 0; channel < 3; ++channel) {
-            const float* const a = from[0] + channel * stride;
-            const float* const b = from[1] + channel * stride;
-            const float* const c = from[2] + channel * stride;
-            const float* const d = from[3] + channel * stride;
-            float* const x = out.at + channel * out.plane;
-            const auto blend = [&](std::int64_t i) {
-                return (w[0] * load(a + i) + w[1] * load(b + i)) +
-                       (w[2] * load(c + i) + w[3] * load(d + i));
-            };
-            if (clipped)
-                for (std::int64_t i = 0; i < width; i += FLOATS) store(x + i, clip(blend(i)));
-            else
-                for (std::int64_t i = 0; i < width; i += FLOATS) store(x + i, blend(i));
-        }
+        return blend;
     }
 
    private:

@@ -84,39 +84,44 @@ class View {
     // take(y, row) gets every row after all colour operations but grayscale, in where(y).
     template <class Where, class Take>
     SIMD_INLINE void make_rows(const Where& where, const Take& take) {
-        if (steps.contrast < 0) {
+        const int contrast = steps.contrast;
+        if (contrast < 0) {
+            // gray is made of what is not clipped yet
+            const bool clipped = steps.count == 0 && !params.grayscale;
             for (std::int64_t y = 0; y < size; ++y) {
                 const Row row = where(y);
-                // gray is made of what is not clipped yet
-                resized.next(y, row, s.width(FLOATS), steps.count == 0 && !params.grayscale);
-                apply_steps(0, steps.count, row, s.width(FLOATS));
+                apply_steps(0, steps.count, FromCrop{resized.row(y), clipped}, row);
                 take(y, row);
             }
             return;
         }
-        const std::int64_t width = s.width(FLOATS);
+        const auto staged_row = [&](std::int64_t y) {
+            return Row{staged.at + y * staged_step, staged.plane};
+        };
         double sums[3] = {};
         for (std::int64_t y = 0; y < size; ++y) {
-            const Row row{staged.at + y * staged_step, staged.plane};
-            resized.next(y, row, width, false);
-            apply_steps(0, steps.contrast, row, width);
-            add_sums(row, size, sums);
+            apply_steps(0, contrast, FromCrop{resized.row(y), false}, staged_row(y));
+            add_sums(staged_row(y), size, sums);
         }
         float mean[3];
         for (int channel = 0; channel < 3; ++channel)
             mean[channel] = float(sums[channel] / double(size * size));
         for (std::int64_t y = size - 1; y >= 0; --y) {
             const Row row = where(y);
-            add_contrast(steps.at[steps.contrast], mean, {staged.at + y * staged_step, staged.plane},
-                         row, width);
-            apply_steps(steps.contrast + 1, steps.count, row, width);
+            const FromContrast from(staged_row(y), steps.at[contrast].value, mean);
+            apply_steps(contrast + 1, steps.count, from, row);
             take(y, row);
         }
     }
 
-    void apply_steps(int first, int end, const Row& row, std::int64_t width) const {
-        for (int k = first; k < end; ++k)
-            apply(steps.at[k], format.add_brightness, row, row, width);
+    template <class From>
+    SIMD_INLINE void apply_steps(int first, int end, const From& from, const Row& row) const {
+        const std::int64_t width = s.width(FLOATS);
+        if (first == end)
+            return map_row(false, from, row, width, [](const Pixels& p) { return p; });
+        apply(steps.at[first], format.add_brightness, from, row, width);
+        for (int k = first + 1; k < end; ++k)
+            apply(steps.at[k], format.add_brightness, FromRow(row), row, width);
     }
 
     void to_gray(const Row& row) const {

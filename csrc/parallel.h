@@ -15,6 +15,10 @@ namespace simclr {
 // does not have the threads that its parent's OpenMP believes in.
 int usable_threads(int asked, bool enough);
 
+// Asks for large pages under memory that is about to be written for the first time: page faults on
+// small ones take up to half of the time of a large batch. What the system does not grant is no loss.
+void ask_for_large_pages(void* memory, std::int64_t bytes);
+
 inline std::int64_t round_up(std::int64_t x, std::int64_t step) {
     return (x + step - 1) / step * step;
 }

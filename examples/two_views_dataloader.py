@@ -23,7 +23,7 @@ class Photos(Dataset):
     """PIL image, label, number."""
 
     def __init__(self, root):
-        self.paths = sorted(path for path in Path(root).rglob("*.*"))
+        self.paths = sorted(path for path in Path(root).rglob("*.*") if path.is_file())
         self.classes = sorted({path.parent.name for path in self.paths})
 
     def __len__(self):

@@ -44,7 +44,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from simclr_kernels.augment import check_crops, check_params, image_sizes
+from simclr_kernels.augment import check_crops, check_images, check_params, image_sizes
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.data import ImageSource
 from simclr_kernels.packed_images import PackedImages
@@ -68,8 +68,8 @@ class DALIViews(FusedViews):
         options: the other arguments of FusedViews; `workers` counts DALI's threads.
 
     Raises:
-        ValueError: views is neither, the config asks DALI for study operations, and as FusedViews.
-        RuntimeError: device is a GPU, and there is none.
+        ValueError: views is neither, the config asks DALI for study operations.
+        RuntimeError and others: as FusedViews.
     """
 
     def __init__(
@@ -84,18 +84,15 @@ class DALIViews(FusedViews):
     ):
         if views not in VIEWS:
             raise ValueError(f"views must be 'fused' or 'dali', got {views!r}")
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"device must be one that torch can use, got {device} without a GPU")
         if views == "dali" and config.has_study_operations:
             raise ValueError("views='dali' has no study operations, got a config with some")
         super().__init__(source, config, batch_size, device=device, **options)
         self._operators = None
         workers, kept = self._decoder.workers, self._decoder.cache.limit_bytes
         if views == "dali":
-            self._operators = ViewOperators(max(workers, 1), device)
+            self._operators = ViewOperators(max(workers, 1), self.device)
         if hasattr(source, "encoded"):
-            self._decoder = DALIDecodedBatches(source, self.quarantine, workers, kept, device)
+            self._decoder = DALIDecodedBatches(source, self.quarantine, workers, kept, self.device)
 
     @property
     def decoded_by(self) -> dict[str, int]:
@@ -154,12 +151,12 @@ def dali_augment(
             params has study operations.
         TypeError: images are not uint8.
     """
-    sizes = image_sizes(images)
+    check_images(images)
     check_params(params, images)
     if params.study is not None:
         raise ValueError("DALI has no study operations, got params with some (params.study)")
     params = params.to("cpu")
-    check_crops(params.crop, sizes.cpu())
+    check_crops(params.crop, image_sizes(images).cpu())
     if not len(images):
         return torch.empty(0, 3, config.size, config.size, device=images.device)
     operators = _kept_operators(torch.get_num_threads(), images.device)
@@ -172,6 +169,6 @@ _kept_operators = lru_cache(maxsize=2)(ViewOperators)
 def _each(images: Tensor | PackedImages) -> list[Tensor]:
     """(H, W, 3) uint8 views of the images."""
     if isinstance(images, Tensor):
-        return list(images)
+        return list(images.contiguous())  # DALI takes no strides
     places = zip(images.offsets.tolist(), images.sizes.tolist(), strict=True)
     return [images.image_at(offset, *size) for offset, size in places]

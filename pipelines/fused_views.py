@@ -64,6 +64,7 @@ class FusedViews(Pipeline):
 
     Raises:
         ValueError: batch_size exceeds the number of images, or an argument is out of range.
+        RuntimeError: device is a GPU, and there is none.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class FusedViews(Pipeline):
         if cache_gib < 0:
             raise ValueError(f"cache_gib must be at least 0, got {cache_gib}")
         self.config, self.dtype = config, dtype
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._cache_bytes = cache_gib * 2**30
@@ -111,7 +112,7 @@ class FusedViews(Pipeline):
             workers,
             # what is in memory already is not kept twice
             0 if in_memory else self._cache_bytes,
-            pin_for=None if self._stream is None else self._stream.device,
+            pin_for=None if self._stream is None else self.device,
         )
         labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._labels = torch.tensor(labels, dtype=torch.int64, device=self.device)
@@ -188,6 +189,21 @@ class FusedViews(Pipeline):
             # the host's memory is free again
             self._decoder.cache = PixelCache(len(self.source), self._cache_bytes)
         return kept
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device; a GPU by its number, since another thread has a current one of its own.
+
+    Raises:
+        RuntimeError: it is a GPU, and there is none.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device must be one that torch can use, got {device} without a GPU")
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", number)
 
 
 def _usable_cores() -> int:

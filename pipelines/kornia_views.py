@@ -38,7 +38,14 @@ import torch
 from torch import Tensor
 
 from simclr_kernels import reference, reference_study
-from simclr_kernels.augment import VIEW_DTYPES, check_crops, check_params, image_sizes
+from simclr_kernels.augment import (
+    GPU_PIECE_PIXELS,
+    VIEW_DTYPES,
+    check_crops,
+    check_images,
+    check_params,
+    image_sizes,
+)
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.params import AugmentParams, sample_params
@@ -63,19 +70,34 @@ except ImportError as error:
         f"KorniaViews needs Kornia: pip install simclr-kernels[kornia] ({error})"
     ) from error
 
+# pixels of views that go through the operators at once on a CPU: temporaries stay in its caches
+PIECE_PIXELS = 1 << 18
+
 
 class KorniaViews(FusedViews):
     """Two views of every image by kornia_augment. Arguments and errors are those of FusedViews."""
 
     def _views(self, pixels: Tensor | PackedImages, index: Tensor) -> Tensor:
+        check_images(pixels)
+        B, size = len(index), self.config.size
         sizes = image_sizes(pixels)
-        views = []
-        for view in (0, 1):
+        views = torch.empty(
+            (2 * B, 3, size, size),
+            dtype=self.dtype,
+            device=index.device,
+            memory_format=self.memory_format,
+        )
+        most = PIECE_PIXELS if index.is_cpu else GPU_PIECE_PIXELS
+        step = max(1, most // size**2)
+        for view, out in enumerate(views.split(B)):
             params = sample_params(
                 self.config, sizes, seed=self.seed, epoch=self.epoch, index=index, view=view
             )
-            views.append(kornia_augment(pixels, params, self.config, self.dtype))
-        return torch.cat(views).contiguous(memory_format=self.memory_format)
+            for first in range(0, B, step):
+                piece = slice(first, first + step)
+                part = pixels[piece] if isinstance(pixels, Tensor) else pixels.take(piece)
+                out[piece] = kornia_augment(part, params[piece], self.config, self.dtype)
+        return views
 
 
 def kornia_augment(
@@ -102,11 +124,11 @@ def kornia_augment(
     """
     if dtype not in VIEW_DTYPES:
         raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
-    sizes = image_sizes(images, floating=True)
+    check_images(images, floating=True)
     check_params(params, images)
     # which image an operation is for is decided on the host: one wait, not one per operation
     params = params.to("cpu")
-    check_crops(params.crop, sizes.cpu())
+    check_crops(params.crop, image_sizes(images).cpu())
     compute = torch.promote_types(dtype, torch.float32)
     if not len(images):
         return torch.empty(0, 3, config.size, config.size, dtype=dtype, device=images.device)

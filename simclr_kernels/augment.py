@@ -87,16 +87,15 @@ def two_views(
             f"images and index must be on one device, got {images.device} and {index.device}"
         )
     B = len(images)
+    check_counters(seed, epoch, index)
+    if len(index) != B:
+        raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
     views = _empty_views(2 * B, config, dtype, images.device, memory_format)
-    in_triton = _in_triton(views) and not config.has_study_operations
-    if in_triton or (_in_cpp(views) and kernel_draws(config)):
-        check_counters(seed, epoch, index)
-        if len(index) != B:
-            raise ValueError(f"index must be of as many images as there are: {B}, got {len(index)}")
-        if in_triton:
-            triton_views().fill_two_views(views, images, config, seed, epoch, index)
-        else:
-            augment_cpu.fill_two_views(views, images, config, seed, int(epoch), index)
+    if _in_triton(views) and not config.has_study_operations:
+        triton_views().fill_two_views(views, images, config, seed, epoch, index)
+        return views
+    if _in_cpp(views) and kernel_draws(config):
+        augment_cpu.fill_two_views(views, images, config, seed, int(epoch), index)
         return views
     sizes = image_sizes(images)
     for view, out in enumerate(views.split(B) if B else ()):
@@ -115,6 +114,11 @@ def _empty_views(
     """(count, 3, size, size), not yet filled."""
     if dtype not in VIEW_DTYPES:
         raise TypeError(f"dtype must be one of {VIEW_DTYPES}, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
     shape = (count, 3, config.size, config.size)
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
@@ -201,7 +205,7 @@ def check_crops(crop: Tensor, sizes: Tensor) -> None:
 
 
 def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
-    """Refuses what is not a batch of images, which may be floating where that is said."""
+    """Refuses what are no images, which may be floating where that is said. See augment."""
     if isinstance(images, PackedImages):
         return
     if not isinstance(images, Tensor):
@@ -215,10 +219,9 @@ def check_images(images: Tensor | PackedImages, floating: bool = False) -> None:
         )
 
 
-def image_sizes(images: Tensor | PackedImages, floating: bool = False) -> Tensor:
-    """(B, 2) integer, height and width of each image. See check_images."""
-    check_images(images, floating)
+def image_sizes(images: Tensor | PackedImages) -> Tensor:
+    """(B, 2) integer, height and width of each of checked images; nothing waits for a GPU."""
     if isinstance(images, PackedImages):
         return images.sizes
-    sizes = torch.tensor(images.shape[1:3], device=images.device)
-    return sizes.expand(len(images), 2)
+    sides = [torch.full((len(images),), side, device=images.device) for side in images.shape[1:3]]
+    return torch.stack(sides, 1)

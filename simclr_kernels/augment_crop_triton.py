@@ -116,7 +116,11 @@ def _row_of_taps(w0, w1, w2, x0, x1, x2, x3, c: tl.constexpr):
     return total + _byte(w0, w1, w2, 6 + c) * x2[None, :] + _byte(w0, w1, w2, 9 + c) * x3[None, :]
 
 
-@triton.jit(do_not_specialize=["one_height", "one_width", "images"])
+# one machine code for all batches: another would be compiled in the middle of a run
+@triton.jit(
+    do_not_specialize=["one_height", "one_width", "images"],
+    do_not_specialize_on_alignment=["images_ptr", "offsets_ptr", "sizes_ptr"],
+)
 def _crop_kernel(
     images_ptr,  # uint8, all images
     offsets_ptr,  # (images,) int64, in bytes, or None: images are HEIGHT x WIDTH, one by one

@@ -102,7 +102,10 @@ class TwoViews(nn.Module):
                 "has the same views in all of them"
             )
         else:
-            index = torch.as_tensor(index).to(device, torch.int64, non_blocking=True)
+            index = torch.as_tensor(index)
+            if index.is_floating_point() or index.dtype == torch.bool:
+                raise TypeError(f"index must be integers, got {index.dtype}")
+            index = index.to(device, torch.int64, non_blocking=True)
         return two_views(
             images,
             self.config,
@@ -117,7 +120,7 @@ class TwoViews(nn.Module):
         if isinstance(images, PackedImages):
             return images
         if isinstance(images, Tensor):
-            return self._channels_behind(images).contiguous()
+            return self._channels_behind(images)
         return PackedImages.from_images([self._channels_behind(image) for image in images])
 
     def _channels_behind(self, image: Tensor | np.ndarray) -> Tensor | np.ndarray:
@@ -162,7 +165,8 @@ def pack_collate(items: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {key: pack_collate([item[key] for item in items]) for key in first}
     if isinstance(first, (tuple, list)):
-        return tuple(pack_collate(column) for column in zip(*items, strict=True))
+        columns = [pack_collate(column) for column in zip(*items, strict=True)]
+        return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)
     if hasattr(first, "getbands"):
         # Pillow is there, since the images are its own
         from simclr_kernels.decode import rgb_pixels

@@ -102,7 +102,14 @@ def _value(word, jitter, low, span, neutral):
     return tl.where(jitter, _uniform(word) * span + low, neutral)
 
 
-@triton.jit(do_not_specialize=["epoch", "seed_low", "seed_high", "first_view", "images"])
+# one machine code for all batches: another would be compiled in the middle of a run
+@triton.jit(
+    do_not_specialize=[
+        *("one_height", "one_width", "epoch", "seed_low", "seed_high"),
+        *("first_view", "images", "rows"),
+    ],
+    do_not_specialize_on_alignment=["index_ptr", "sizes_ptr"],
+)
 def _sample_kernel(
     index_ptr,  # (images,) int64
     sizes_ptr,  # (images, 2) int32 or int64, or None: all images are of one size

@@ -6,6 +6,8 @@ At most four launches for both views of a batch, and fewer where a pass has noth
 in a recipe without one, and views of at most WHOLE_SIZE pixels are finished by the first pass.
 Beside the output they allocate as many bytes again, which pixels wait in between the passes, and a
 few bytes a tile. Nothing waits for the device, and everything can be captured into a graph.
+Places within an image are numbers of 32 bits: it must have less than 2^31 bytes, and sides of less
+than 2^21 pixels (2^30 / size for views above 512). PackedImages are not asked, which would wait.
 The torchvision sampler takes logarithms: it draws its crops on the CPU, which does wait.
 """
 
@@ -30,6 +32,7 @@ from simclr_kernels.params import (
     kernel_draws,
     sample_params_in_torch,
 )
+from simclr_kernels.reference import POSITION_BITS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -115,6 +118,16 @@ def fill_views(
         _launch(views, images, params, config, True)
 
 
+def _refuse_large(height: int, width: int, size: int) -> None:
+    """Refuses images within which the crop pass cannot count. See the module."""
+    scale = max(2 * size, 1 << POSITION_BITS)
+    if max(3 * height * width, scale * max(height, width)) >= 1 << 31:
+        raise ValueError(
+            "on a GPU an image must have less than 2^31 bytes and sides of less than "
+            f"{(1 << 31) // scale} pixels, got {height}x{width}"
+        )
+
+
 def _launch(
     views: Tensor,
     images: Tensor | PackedImages,
@@ -136,6 +149,7 @@ def _launch(
     if isinstance(images, PackedImages):
         source = (images.buffer, images.offsets.contiguous(), images.sizes.contiguous(), 0, 0)
     else:
+        _refuse_large(*images.shape[1:3], size)
         source = (images.contiguous(), None, None, *images.shape[1:3])
     crop, flip, *adjustments, order, gray, sigma, solarize = kernel_arrays(params)
     colors = (order.view(torch.int32), *adjustments, gray.view(torch.uint8))

@@ -224,7 +224,7 @@ def _views(parser: ArgumentParser, arguments: Namespace) -> int:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(map(Path, arguments.images)):
-        image = decode_image(path.read_bytes())
+        image = decode_image(path.read_bytes(), name=str(path))
         draw = {"count": arguments.count, "seed": arguments.seed, "index": index}
         if arguments.gallery:
             sheet = out / f"{path.stem}-gallery.png"

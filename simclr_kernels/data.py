@@ -167,8 +167,11 @@ class Subset:
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.classes = source.classes
         if hasattr(source, "encoded"):
-            self.encoded = lambda i: source.encoded(int(self.indices[i]))
+            self.encoded = self._encoded  # not a lambda: a worker may get the source by pickle
             self.max_pixels = getattr(source, "max_pixels", MAX_PIXELS)
+
+    def _encoded(self, i: int) -> bytes:
+        return self.source.encoded(int(self.indices[i]))
 
     @cached_property
     def images(self) -> np.ndarray | None:

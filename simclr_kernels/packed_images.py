@@ -83,7 +83,7 @@ class PackedImages:
                     f"images must be (height, width, 3), got {tuple(image.shape)} for image {i}"
                 )
         ends = torch.tensor([0] + [image.numel() for image in tensors]).cumsum(0)
-        flat = [image.reshape(-1) for image in tensors]
+        flat = [image.reshape(-1).cpu() for image in tensors]
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin_memory)
         if flat:
             torch.cat(flat, out=buffer)
@@ -109,8 +109,8 @@ class PackedImages:
     def device(self) -> torch.device:
         return self.buffer.device
 
-    def take(self, index: Tensor) -> PackedImages:
-        """The images of index (B,) int64 on the same device; the buffer is shared, not copied."""
+    def take(self, index: Tensor | slice) -> PackedImages:
+        """The images of a slice or of index (B,) int64 on the same device; the buffer is shared."""
         return PackedImages(self.buffer, self.offsets[index], self.sizes[index], checked=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:

@@ -207,6 +207,7 @@ def sample_params(
             "index must be (B,) and sizes (B, 2), "
             f"got {tuple(index.shape)} and {tuple(sizes.shape)}"
         )
+    _check_range("index", index, 0, 32)
     _check_range("sizes", sizes, 1, 31)
 
     if index.is_cuda and kernel_draws(config):
@@ -219,7 +220,7 @@ def sample_params(
 
 
 def check_counters(seed: int, epoch: int | Tensor, index: Tensor, view: int = 0) -> None:
-    """Refuses what is not a counter of a random number. See sample_params."""
+    """Refuses what is not a counter of a random number; entries of index are not read."""
     if isinstance(epoch, Tensor):
         if epoch.dtype != torch.int64:
             raise TypeError(f"an epoch that is a tensor must be int64, got {epoch.dtype}")
@@ -238,7 +239,6 @@ def check_counters(seed: int, epoch: int | Tensor, index: Tensor, view: int = 0)
         raise TypeError(f"index must be int64, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"index must be (B,), got {tuple(index.shape)}")
-    _check_range("index", index, 0, 32)
 
 
 def _check_range(name: str, values: Tensor, first: int, bits: int) -> None:

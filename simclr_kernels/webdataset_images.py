@@ -171,20 +171,20 @@ def _label(path: Path, key: str, notes: dict[str, bytes], suffix: str | None) ->
         raise ValueError(f"all samples must have a {suffix} or none, got {path}: {key} without")
     if suffix == ".cls":
         label = notes[".cls"].decode("utf-8", "replace").strip()
-        if re.fullmatch(r"-?\d+", label):
-            return int(label)
+        if re.fullmatch(r"-?\d{1,19}", label):
+            label = int(label)
     else:
         fields = _json(path, key, notes[".json"])
         label = next((fields[name] for name in LABEL_FIELDS if name in fields), None)
-        if isinstance(label, int):
-            return label
-    raise ValueError(f"a label must be an integer, got {label!r} in {path}: {key}{suffix}")
+    if isinstance(label, int) and -(2**63) <= label < 2**63:
+        return label
+    raise ValueError(f"a label must be a 64-bit integer, got {label!r} in {path}: {key}{suffix}")
 
 
 def _json(path: Path, key: str, content: bytes) -> dict:
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {key}.json must be JSON, got {error}") from error
     return fields if isinstance(fields, dict) else {}
 

@@ -250,6 +250,11 @@ class PipelineContract:
         with pytest.raises(ValueError, match=f"got batch_size {batch_size} and {N} images"):
             self.make(folder, batch_size)
 
+    def test_a_gpu_that_is_not_there_is_named(self, folder, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="device must be one that torch can use, got cuda"):
+            self.make(folder, B, device="cuda")
+
     def test_pairs_are_the_two_views_and_the_label(self, folder):
         pipeline = self.make(folder, B)
         pairs = list(pipeline.pairs())

@@ -7,9 +7,10 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from simclr_kernels import reference
-from simclr_kernels.augment import augment, two_views
+from simclr_kernels.augment import augment, image_sizes, two_views
 from simclr_kernels.augment_config import AugmentConfig
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.params import AugmentParams, sample_params
@@ -276,6 +277,39 @@ def test_tensors_on_different_devices_are_refused():
         augment(images, params_of(images).to("meta"), BUSY)
     with pytest.raises(ValueError, match=r"images and index must be on one device, got cpu and"):
         two_views(images, BUSY, seed=0, epoch=0, index=torch.arange(2, device="meta"))
+
+
+def test_layouts_that_views_do_not_have_are_refused():
+    images = dense_images(2)
+    for layout in (torch.preserve_format, torch.channels_last_3d):
+        with pytest.raises(ValueError, match=f"memory_format must be torch.cont.* got {layout}"):
+            augment(images, params_of(images), BUSY, memory_format=layout)
+
+
+def test_sizes_of_images_on_a_device_are_made_there_without_a_copy():
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    called = []
+    with Calls():
+        sizes = image_sizes(torch.empty(2, 9, 7, 3, dtype=torch.uint8, device="meta"))
+    assert sizes.device.type == "meta" and sizes.shape == (2, 2)
+    # a copy from the host waits for a GPU
+    assert torch.full in called and not {torch.tensor, torch.Tensor.to} & set(called)
+    assert image_sizes(dense_images(2)).tolist() == [list(dense_images(2).shape[1:3])] * 2
+
+
+def test_augment_on_a_device_asks_for_no_sizes(monkeypatch):
+    def refuse(images):
+        raise AssertionError("sizes are for the checks on a CPU")
+
+    images, filled = dense_images(2), []
+    monkeypatch.setattr(module, "image_sizes", refuse)
+    monkeypatch.setattr(module, "_fill", lambda *arguments: filled.append(arguments))
+    augment(images.to("meta"), params_of(images).to("meta"), BUSY)
+    assert len(filled) == 1
 
 
 @pytest.mark.gpu

@@ -319,6 +319,13 @@ def test_counters_out_of_range_are_refused_by_two_views():
         views(torch.arange(2), epoch=-1)
 
 
+def test_images_with_more_rows_than_the_kernels_count_are_refused():
+    images = torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 2**31, 1, 3)
+    for config in (AugmentConfig(size=8), AugmentConfig(size=8, crop=False)):
+        with pytest.raises(ValueError, match=r"at most 2\^31 - 1 pixels high, got 2147483648"):
+            two_views(images, config, seed=0, epoch=0, index=torch.arange(1))
+
+
 def test_the_kernels_write_every_element():
     config = AugmentConfig(size=35)
     for dtype in augment_cpu.DTYPES:

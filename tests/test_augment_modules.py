@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -125,6 +126,8 @@ def test_the_module_has_nothing_to_train_and_moves_with_its_model():
         ),
         (lambda: made([IMAGES[0, 0]], INDEX[:1]), ValueError, r"got \(12, 3\)"),
         (lambda: made(IMAGES, INDEX[:5]), ValueError, "index must be"),
+        (lambda: made(IMAGES, INDEX + 0.5), TypeError, "index must be integers, got torch.float32"),
+        (lambda: made(IMAGES, INDEX > 2), TypeError, "index must be integers, got torch.bool"),
     ],
 )
 def test_what_cannot_be_is_refused(call, error, message):
@@ -151,6 +154,9 @@ def test_images_of_any_sizes_are_packed_and_the_rest_is_collated(kind):
     assert pack_collate(numbered)[1].tolist() == [0, 1, 2]
     named = pack_collate([{"image": i, "label": k, "name": str(k)} for i, k in numbered])
     assert named["label"].tolist() == [0, 1, 2] and named["name"] == ["0", "1", "2"]
+    item = namedtuple("item", "photo label")
+    batch = pack_collate([item(*pair) for pair in numbered])
+    assert isinstance(batch.photo, PackedImages) and batch.label.tolist() == [0, 1, 2]
 
 
 def test_pil_images_of_any_mode_are_read_as_the_decoder_does():
@@ -188,7 +194,8 @@ def test_packed_images_survive_pickling_and_moving():
 @pytest.mark.gpu
 def test_a_module_on_a_gpu_takes_batches_from_the_host():
     module = TwoViews(CONFIG, seed=4).cuda()
-    for images in (IMAGES, PackedImages.from_images(list(IMAGES)).pin_memory()):
+    pinned = PackedImages.from_images(list(IMAGES)).pin_memory()
+    for images in (IMAGES, pinned, list(IMAGES), list(IMAGES.cuda())):
         module.set_epoch(0)
         module.set_epoch(2)
         views = module(images, INDEX)

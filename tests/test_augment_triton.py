@@ -25,6 +25,7 @@ from triton_views import (
 )
 
 import simclr_kernels
+from benchmarks import codegen, view_calls
 from simclr_kernels import augment_sample_triton, augment_triton
 from simclr_kernels.augment import two_views
 from simclr_kernels.augment_config import AugmentConfig
@@ -291,6 +292,40 @@ def test_both_views_take_at_most_four_launches_and_no_operator_that_launches(
         assert len(started) == launches <= 4
         # they make tensors and views of them: nothing is computed, copied, or read back
         assert operators.names <= {"empty", "unbind", "view", "slice", "select", "detach"}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_batches_of_any_number_size_and_place_in_memory_share_their_machine_code(
+    packed, monkeypatch
+):
+    forms = {}
+
+    def note(kernel, *args, grid, warmup, **given):
+        if DEVICE == "cpu":
+            kernel = JITFunction(kernel.fn, **kernel.kwargs)
+        launch = codegen.specialise("sm_90", view_calls.LARGE, kernel, args, given)
+        forms.setdefault(kernel.__name__, set()).add(launch.identity())
+
+    monkeypatch.setattr(InterpretedFunction if DEVICE == "cpu" else JITFunction, "run", note)
+    for B, H, W, first in ((1, 1, 1, 0), (16, 32, 48, 0), (37, 40, 50, 1)):
+        images = images_of(*[(H, W)] * (B + first)).take(slice(first, None))
+        if not packed:
+            images = images.buffer[first * 3 * H * W :].view(B, H, W, 3)[:, :, : W - first]
+        index = torch.arange(B + first, device=DEVICE)[first:]
+        views = torch.empty(2 * B, 3, 40, 40, device=DEVICE)
+        augment_triton.fill_two_views(views, images, BUSY, 0, B, index)
+    assert {name: len(found) for name, found in forms.items()} == dict.fromkeys(
+        ("_sample_kernel", "_crop_kernel", "_color_kernel", "_blur_kernel"), 1
+    )
+
+
+@pytest.mark.parametrize("shape", [(26755, 26755), (1, 1 << 21)])
+def test_images_that_32_bits_cannot_count_are_refused(shape):
+    images = torch.zeros(1, dtype=torch.uint8, device=DEVICE).expand(1, *shape, 3)
+    params = AugmentParams.identity(torch.tensor([shape]))
+    message = rf"less than 2\^31 bytes and sides of less than 2097152 .*, got {shape[0]}x{shape[1]}"
+    with pytest.raises(ValueError, match=message):
+        by_kernels(images, params, BUSY)
 
 
 @pytest.mark.gpu

@@ -55,6 +55,14 @@ def test_crop_flip_brightness_solarize_mean_and_std_are_exact():
     assert_close(dali_augment(images, params, config), images, params, config, 2e-6)
 
 
+def test_images_with_gaps_are_taken():
+    images = noise(5, 40)
+    params = plain(images)
+    for strided in (images.transpose(1, 2), images[:, 4:, 6:]):
+        views = dali_augment(strided, params, WITH_BLUR)
+        assert torch.equal(views, dali_augment(strided.contiguous(), params, WITH_BLUR))
+
+
 def test_images_packed_or_in_one_tensor_give_the_same_view():
     images = noise(5, 40)
     params = plain(images)

@@ -1,5 +1,7 @@
 """Arrays, subsets, splits and open_source; the other sources have test files of their own."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,13 @@ def test_subset_offers_encoded_files_only_where_its_source_does(tmp_path):
     assert Subset(folder, [1]).encoded(0) == folder.encoded(1)
     assert Subset(folder, [1]).images is None
     assert not hasattr(Subset(ArrayImages(PIXELS), [1]), "encoded")
+
+
+def test_subset_of_files_can_be_sent_to_another_process(tmp_path):
+    save_image(tmp_path / "a.png", 1)
+    save_image(tmp_path / "b.png", 2)
+    subset = Subset(ImageFolder(tmp_path), [1])
+    assert pickle.loads(pickle.dumps(subset)).encoded(0) == subset.encoded(0)
 
 
 def test_subset_of_an_array_on_the_disk_stays_there(tmp_path):

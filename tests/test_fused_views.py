@@ -26,7 +26,7 @@ from simclr_kernels.data import (
 )
 from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines import epoch_order
-from simclr_kernels.pipelines.fused_views import FusedViews
+from simclr_kernels.pipelines.fused_views import FusedViews, usable_device
 from simclr_kernels.pipelines.quarantine import Quarantine
 
 __all__ = ["folder"]  # a fixture
@@ -148,6 +148,14 @@ def test_views_have_the_dtype_and_memory_format_asked_for(folder):
     views = next(iter(pipeline)).views
     assert views.dtype == torch.float16
     assert views.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_gpu_without_a_number_is_the_current_one_in_every_thread(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert usable_device("cuda") == torch.device("cuda", 3)
+    assert usable_device("cuda:1") == torch.device("cuda", 1)
+    assert usable_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.gpu
