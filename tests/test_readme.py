@@ -51,7 +51,7 @@ def test_files_it_links_to_exist():
 
 def test_commands_it_names_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (\w+)`", README):
+    for target in re.findall(r"`make ([\w-]+)`", README):
         assert f"\n{target}:" in makefile
     commands = (ROOT / "simclr_kernels" / "cli.py").read_text()
     for command in re.findall(r"simclr-kernels (\w+)", README):
