@@ -8,7 +8,7 @@ demo: $(READY)
 	$(BIN)/simclr-kernels demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: bench-loss bench-views
 

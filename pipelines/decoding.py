@@ -9,6 +9,7 @@ the time.
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import threading
@@ -27,6 +28,8 @@ from simclr_kernels.packed_images import PackedImages
 from simclr_kernels.pipelines.quarantine import Quarantine
 
 CHUNK = 8  # images per task of a decoding thread
+# pages that nobody has written count for nothing, however many there are; Linux's MAP_NORESERVE
+UNRESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 BATCHES_AHEAD = 2  # finished batches waiting, besides those being decoded
 
 
@@ -59,7 +62,9 @@ class PixelCache:
         if end > self.limit_bytes or self.sizes[i, 0]:
             return
         if not len(self._buffer):
-            self._buffer = np.empty(int(self.limit_bytes), np.uint8)
+            self._buffer = np.frombuffer(
+                mmap.mmap(-1, int(self.limit_bytes), flags=UNRESERVED), np.uint8
+            )
         self._buffer[self.used_bytes : end] = image.reshape(-1)
         self.offsets[i], self.sizes[i] = self.used_bytes, image.shape[:2]
         self.used_bytes = end
